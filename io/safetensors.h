@@ -1,0 +1,50 @@
+/* safetensors.h: a checkpoint folder (model.safetensors, or shards behind model.safetensors.index.json), mapped into memory.
+ * Nothing is read but the headers; a tensor's pages come in when its bytes are touched and go when they are released. */
+#ifndef OMNIQUANT_SAFETENSORS_H
+#define OMNIQUANT_SAFETENSORS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "dtype.h"
+#include "error.h"
+
+enum { TENSOR_MAX_DIMENSIONS = 8 };
+
+struct tensor {
+  const char *name;                     /* as in the file, owned by the checkpoint */
+  const char *path;                     /* file that holds it, for messages, owned by the checkpoint */
+  enum dtype dtype;                     /* DTYPE_OTHER for integers, F64 and so on: listed, never read */
+  int dimensions;                       /* 0 .. TENSOR_MAX_DIMENSIONS */
+  int64_t shape[TENSOR_MAX_DIMENSIONS]; /* row-major, slowest first */
+  const void *data;                     /* in the mapping; not aligned to more than one byte */
+  size_t bytes;                         /* of data */
+};
+
+struct safetensors; /* an open checkpoint */
+
+/* Maps every file of the checkpoint and checks its header: length against the file's size, JSON, dtypes, shapes against offsets,
+ * overlaps, holes, and names that appear twice. Shard names must be plain file names inside the folder.
+ * On failure *checkpoint is NULL and the error (ERROR_INPUT) names the file, the tensor and the mend. */
+int safetensors_open(const char *folder,              /* with model.safetensors or model.safetensors.index.json */
+                     struct safetensors **checkpoint, /* receives the checkpoint, freed by safetensors_close */
+                     struct error *error);
+
+/* The same for one file, whatever its name. */
+int safetensors_open_file(const char *path, struct safetensors **checkpoint, struct error *error);
+
+/* The tensor of that name, or NULL. Owned by the checkpoint. */
+const struct tensor *safetensors_find(const struct safetensors *checkpoint, const char *name);
+
+/* Number of tensors, and the i-th of them in order of name. */
+size_t safetensors_count(const struct safetensors *checkpoint);
+const struct tensor *safetensors_at(const struct safetensors *checkpoint, size_t i);
+
+/* Asks the kernel to begin reading bytes [offset, offset + length) of a tensor, and to drop them from memory again. Hints: never fail. */
+void safetensors_prefetch(const struct tensor *tensor, size_t offset, size_t length);
+void safetensors_release(const struct tensor *tensor, size_t offset, size_t length);
+
+/* Unmaps and frees; NULL is allowed. */
+void safetensors_close(struct safetensors *checkpoint);
+
+#endif

@@ -1,0 +1,91 @@
+/* store.h: the quantized model in HDF5 (docs/format.md): OUT/omniquant.h5 with the run's attributes and external links to
+ * OUT/blocks/NNNN.h5, one file a block, each written under a temporary name, synced and renamed: a block file that is there is whole.
+ * Calls may come from different threads of one process, not at the same time for one store. */
+#ifndef OMNIQUANT_STORE_H
+#define OMNIQUANT_STORE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "error.h"
+
+/* One quantized linear layer, host memory. */
+struct quantized_linear {
+  char name[96];        /* as in the checkpoint without block prefix and ".weight": "self_attn.q_proj" */
+  int64_t out_features; /* C_out */
+  int64_t in_features;  /* C_in */
+  int bits;             /* 2..8 */
+  int64_t group_size;   /* columns a group, the last may be short; C_in for per channel */
+  bool symmetric;
+  uint8_t *codes;      /* [C_out, ceil(C_in * bits / 8)] packed little-endian bit order along the row */
+  uint16_t *scale;     /* [C_out, groups] fp16 bits, groups = ceil(C_in / group_size) */
+  uint8_t *zero_point; /* [C_out, groups] */
+};
+
+/* A small named fp32 array: a folded norm or bias, or what calibration learned ("self_attn.q_proj.gamma"). */
+struct named_array {
+  char name[96];
+  int dimensions; /* 1 or 2 */
+  int64_t shape[2];
+  float *values; /* row-major */
+};
+
+/* One block as stored. All pointers are owned by the record and freed by block_record_free. */
+struct block_record {
+  int index;
+  double loss_rtn, loss_start, loss_end; /* mean loss over all samples: RTN, parameters before and after training; NaN if not measured */
+  char kept[8];                          /* which of them is stored: "rtn", "start" or "end" */
+  int64_t skipped_steps;                 /* steps whose loss or gradient was not finite */
+  double seconds;                        /* wall time of the block */
+  int world_size;                        /* ranks that calibrated it */
+  int linears;
+  struct quantized_linear *linear; /* [linears] */
+  int folded_arrays;
+  struct named_array *folded; /* [folded_arrays] what a transformation changed and stays unquantized; stored under its own name in /block */
+  int calibration_arrays;
+  struct named_array *calibration; /* [calibration_arrays] stored in /block/calibration */
+};
+
+/* Frees what the record points to and zeroes it. */
+void block_record_free(struct block_record *record);
+
+/* Bytes of one packed row. */
+static inline int64_t packed_row_bytes(int64_t in_features, int bits) {
+  return (in_features * bits + 7) / 8;
+}
+
+/* What the whole run is: attributes of the master file. */
+struct store_info {
+  char model_type[32];
+  const char *recipe;       /* JSON text, owned by the caller on create, by the store on open */
+  const char *model_config; /* JSON text: the checkpoint's config.json, same ownership */
+  char tokens_sha256[65];   /* calibration tokens; empty for none */
+  int blocks;               /* blocks of the whole model */
+};
+
+struct store; /* an open store */
+
+/* Makes OUT, OUT/blocks and OUT/omniquant.h5 for a new run. ERROR_INPUT if OUT holds another run or anything else than an empty
+ * folder (nothing of it is touched), or cannot be written. *store is NULL on failure. */
+int store_create(const char *folder, const struct store_info *info, struct store **store, struct error *error);
+
+/* Opens a store to read. ERROR_INPUT if it is not one, is of an unknown version, or a link leads outside the folder. */
+int store_open(const char *folder, struct store **store, struct error *error);
+
+const struct store_info *store_info(const struct store *store);
+
+/* Whether block `index` is there, whole. */
+bool store_has_block(const struct store *store, int index);
+
+/* Writes one block: temporary file, flush, fsync, rename, fsync of the folder, then its link in the master file. ERROR_WORK on failure:
+ * what was stored before stays whole. */
+int store_write_block(struct store *store, const struct block_record *record, struct error *error);
+
+/* Reads one block, checksums verified, shapes checked against each other. Errors name the file and the dataset. */
+int store_read_block(struct store *store, int index, struct block_record *record, /* receives the block, block_record_free */
+                     struct error *error);
+
+/* Closes; NULL is allowed. Returns an error code if what was written could not be flushed. */
+int store_close(struct store *store, struct error *error);
+
+#endif

@@ -1,0 +1,49 @@
+/* world.h: the ranks of the run, this rank's place among them, and collectives over host memory. */
+#ifndef OMNIQUANT_WORLD_H
+#define OMNIQUANT_WORLD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+
+struct world {
+  int rank, size;             /* of all ranks */
+  int local_rank, local_size; /* among the ranks of this node */
+  void *communicator;         /* MPI_Comm */
+};
+
+/* Starts MPI. Call once, first in main. */
+int world_init(struct world *world, int *argc, char ***argv, struct error *error);
+
+/* Ends MPI. Collective. */
+void world_finalize(struct world *world);
+
+/* Makes an error of one rank the error of all: afterwards every rank holds the same code and message (the lowest failing rank's).
+ * Returns the code. Collective: call where any rank may have failed alone. */
+int world_agree(struct world *world, struct error *error);
+
+/* Ends all ranks at once after a failure in the middle of other ranks' work; prints the message. Does not return. */
+void world_abort(struct world *world, const struct error *error) __attribute__((noreturn));
+
+/* Sums values over all ranks in the fixed binary tree ((0+1)+(2+3))+..., so that for every power-of-two size the result is the same
+ * bit for bit as one rank adding in that tree. Every rank receives the sum. Collective. */
+int world_allreduce(struct world *world, float *values, /* [count], in place */
+                    size_t count, float *scratch,       /* [count] */
+                    struct error *error);
+
+/* Sends bytes of rank 0 to all. Collective. */
+int world_broadcast(struct world *world, void *bytes, size_t count, struct error *error);
+
+/* Rank 0 sends, rank `to` receives; other ranks must not call. to == 0 is not allowed. */
+int world_send(struct world *world, const void *bytes, size_t count, int to, struct error *error);
+int world_receive(struct world *world, void *bytes, size_t count, struct error *error);
+
+/* The largest and the sum of one number over all ranks, on every rank. Collective. */
+double world_max(struct world *world, double value);
+double world_sum(struct world *world, double value);
+
+/* Threads a rank may use: `asked` if not 0, else the node's usable cores over its ranks; never more than the cores. */
+int world_threads(const struct world *world, int asked);
+
+#endif

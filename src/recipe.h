@@ -1,0 +1,65 @@
+/* recipe.h: what to do: every setting of a calibration, from a YAML file and flags that override it. One table (recipe.c) holds each
+ * setting's name, type, default, range and help; YAML keys, command-line flags and the stored JSON all come from it. */
+#ifndef OMNIQUANT_RECIPE_H
+#define OMNIQUANT_RECIPE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "error.h"
+
+enum sampling { SAMPLING_RANDOM, SAMPLING_SEQUENTIAL };
+enum lwc_init { LWC_INIT_PAPER, LWC_INIT_SEARCH }; /* gamma = beta = 4, or the grid search of method.md section 7 */
+enum optimizer { OPTIMIZER_ADAMW, OPTIMIZER_SIGN };
+
+struct recipe {
+  int wbits;              /* 2..8 */
+  int group_size;         /* input columns a group; 0: per channel (the whole row) */
+  bool symmetric;         /* false: with zero points */
+  bool lwc;               /* learn the clipping; false: round to nearest */
+  bool aug_loss;          /* add the loss against the full-precision block on the quantized input */
+  enum lwc_init lwc_init; /* where the clipping factors start */
+  enum optimizer optimizer;
+  int epochs;             /* passes over the samples a block; 0: round to nearest */
+  int batch;              /* samples a step, over all ranks */
+  double lwc_lr;          /* AdamW's learning rate at batch 1; sign: the span that a factor can travel */
+  bool scale_lr;          /* multiply learning rates by batch (AdamW) */
+  int samples;            /* calibration samples */
+  int seqlen;             /* tokens a sample */
+  enum sampling sampling; /* where samples start in the token file */
+  int64_t seed;           /* of random sampling */
+};
+
+/* One setting of the table. */
+enum setting_type { SETTING_INT, SETTING_INT64, SETTING_BOOL, SETTING_REAL, SETTING_ENUM };
+struct setting {
+  const char *name; /* YAML key; the flag is the same with '-' for '_' */
+  enum setting_type type;
+  size_t offset;        /* in struct recipe */
+  double min, max;      /* allowed range of numbers, inclusive */
+  const char *choices;  /* of an ENUM, separated by '|', in the order of its values */
+  const char *fallback; /* default, as written in YAML */
+  const char *help;     /* one line for --help and the man page */
+};
+
+/* The table; *count receives its length. */
+const struct setting *recipe_settings(size_t *count);
+
+/* Sets all defaults. */
+void recipe_init(struct recipe *recipe);
+
+/* Reads a YAML mapping of settings over what the recipe holds. ERROR_INPUT names file, line, key and mend: no such file, not a mapping,
+ * unknown key, key twice, wrong type, out of range. */
+int recipe_load(struct recipe *recipe, const char *path, struct error *error);
+
+/* Sets one setting from text. `origin` starts the message: "configs/x.yaml:3" or "--wbits". */
+int recipe_set(struct recipe *recipe, const struct setting *setting, const char *text, const char *origin, struct error *error);
+
+/* Checks settings against each other (batch > samples and so on). */
+int recipe_check(const struct recipe *recipe, struct error *error);
+
+/* The recipe as JSON text, keys in the table's order; freed by the caller; NULL without memory. */
+char *recipe_json(const struct recipe *recipe);
+
+#endif
