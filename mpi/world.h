@@ -2,6 +2,7 @@
 #ifndef OMNIQUANT_WORLD_H
 #define OMNIQUANT_WORLD_H
 
+#include <mpi.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -10,7 +11,7 @@
 struct world {
   int rank, size;             /* of all ranks */
   int local_rank, local_size; /* among the ranks of this node */
-  void *communicator;         /* MPI_Comm */
+  MPI_Comm communicator;      /* of all ranks */
 };
 
 /* Starts MPI. Call once, first in main. */
@@ -26,18 +27,19 @@ int world_agree(struct world *world, struct error *error);
 /* Ends all ranks at once after a failure in the middle of other ranks' work; prints the message. Does not return. */
 void world_abort(struct world *world, const struct error *error) __attribute__((noreturn));
 
+/* The collectives below return nothing: when MPI itself fails there is no way left to tell the others, and all ranks are ended. */
+
 /* Sums values over all ranks in the fixed binary tree ((0+1)+(2+3))+..., so that for every power-of-two size the result is the same
  * bit for bit as one rank adding in that tree. Every rank receives the sum. Collective. */
-int world_allreduce(struct world *world, float *values, /* [count], in place */
-                    size_t count, float *scratch,       /* [count] */
-                    struct error *error);
+void world_allreduce(struct world *world, float *values, /* [count], in place */
+                     size_t count, float *scratch /* [count] */);
 
 /* Sends bytes of rank 0 to all. Collective. */
-int world_broadcast(struct world *world, void *bytes, size_t count, struct error *error);
+void world_broadcast(struct world *world, void *bytes, size_t count);
 
-/* Rank 0 sends, rank `to` receives; other ranks must not call. to == 0 is not allowed. */
-int world_send(struct world *world, const void *bytes, size_t count, int to, struct error *error);
-int world_receive(struct world *world, void *bytes, size_t count, struct error *error);
+/* Rank 0 sends, rank `to` (not 0) receives; other ranks must not call. */
+void world_send(struct world *world, const void *bytes, size_t count, int to);
+void world_receive(struct world *world, void *bytes, size_t count);
 
 /* The largest and the sum of one number over all ranks, on every rank. Collective. */
 double world_max(struct world *world, double value);

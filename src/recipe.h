@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "setting.h"
 
 enum sampling { SAMPLING_RANDOM, SAMPLING_SEQUENTIAL };
 enum lwc_init { LWC_INIT_PAPER, LWC_INIT_SEARCH }; /* gamma = beta = 4, or the grid search of method.md section 7 */
@@ -31,18 +32,6 @@ struct recipe {
   int64_t seed;           /* of random sampling */
 };
 
-/* One setting of the table. */
-enum setting_type { SETTING_INT, SETTING_INT64, SETTING_BOOL, SETTING_REAL, SETTING_ENUM };
-struct setting {
-  const char *name; /* YAML key; the flag is the same with '-' for '_' */
-  enum setting_type type;
-  size_t offset;        /* in struct recipe */
-  double min, max;      /* allowed range of numbers, inclusive */
-  const char *choices;  /* of an ENUM, separated by '|', in the order of its values */
-  const char *fallback; /* default, as written in YAML */
-  const char *help;     /* one line for --help and the man page */
-};
-
 /* The table; *count receives its length. */
 const struct setting *recipe_settings(size_t *count);
 
@@ -50,10 +39,10 @@ const struct setting *recipe_settings(size_t *count);
 void recipe_init(struct recipe *recipe);
 
 /* Reads a YAML mapping of settings over what the recipe holds. ERROR_INPUT names file, line, key and mend: no such file, not a mapping,
- * unknown key, key twice, wrong type, out of range. */
+ * unknown key, key twice, wrong type, out of range. The recipe is of no use then. */
 int recipe_load(struct recipe *recipe, const char *path, struct error *error);
 
-/* Sets one setting from text. `origin` starts the message: "configs/x.yaml:3" or "--wbits". */
+/* Sets one setting from text. `origin` starts the message: "configs/x.yaml:3: wbits" or "--wbits". */
 int recipe_set(struct recipe *recipe, const struct setting *setting, const char *text, const char *origin, struct error *error);
 
 /* Checks settings against each other (batch > samples and so on). */

@@ -1,0 +1,66 @@
+/* backend.c: opening the CPU backend with the best level of the instruction set that this machine has. */
+#include "cpu/backend.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+float *cpu_scratch(struct kernels *k, int64_t count) {
+  struct backend *cpu = k->state;
+  size_t bytes = ((size_t)count * sizeof(float) + 63) / 64 * 64;
+  if (bytes > cpu->scratch_bytes) {
+    free(cpu->scratch);
+    cpu->scratch = aligned_alloc(64, bytes);
+    cpu->scratch_bytes = cpu->scratch ? bytes : 0;
+    if (!cpu->scratch) error_set(&cpu->failure, ERROR_WORK, "out of memory: %zu bytes for a kernel's scratch", bytes);
+  }
+  return cpu->scratch;
+}
+
+static void cpu_close(struct kernels *k) {
+  free(k->state->scratch);
+  free(k->state);
+  free(k);
+}
+
+static void choose_level(struct kernels *k) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    cpu_kernels_v4(k);
+    k->level = "x86-64-v4";
+  } else if (__builtin_cpu_supports("x86-64-v3")) {
+    cpu_kernels_v3(k);
+    k->level = "x86-64-v3";
+  } else {
+    cpu_kernels_v2(k);
+    k->level = "x86-64-v2";
+  }
+#else
+  cpu_kernels_v2(k);
+  k->level = "generic";
+#endif
+}
+
+struct kernels *kernels_open(const char *name, int threads, struct error *error) {
+  if (strcmp(name, "cpu") != 0) {
+    error_set(error, ERROR_INPUT, "--backend %s: not built in; use cpu", name);
+    return NULL;
+  }
+  struct kernels *k = calloc(1, sizeof *k);
+  struct backend *state = calloc(1, sizeof *state);
+  if (!k || !state) {
+    free(k);
+    free(state);
+    error_set(error, ERROR_WORK, "out of memory opening the CPU backend");
+    return NULL;
+  }
+  k->name = "cpu";
+  k->threads = threads;
+  k->element_bytes = sizeof(float);
+  k->state = state;
+  k->close = cpu_close;
+  choose_level(k);
+  omp_set_dynamic(0);
+  omp_set_num_threads(threads); /* oneDNN's products use the same OpenMP threads */
+  return k;
+}

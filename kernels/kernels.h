@@ -1,0 +1,187 @@
+/* kernels.h: every device operation once. A backend is a filled `struct kernels`, chosen when it is opened; callers name an operation
+ * k->operation(k, ...) and know nothing else of the device.
+ *
+ * Two kinds of memory live on a device. `data` is what large tensors are made of, in the backend's own element type (fp32 on the CPU,
+ * bf16 on CUDA); it is opaque, data_at() moves inside it. Learnable parameters, their gradients and statistics are always float.
+ * All matrices are row-major. Operations may run asynchronously, in the order of their calls; they cannot fail by themselves: a device's
+ * failure is kept and comes back from synchronize(). Results are the same bit for bit, run after run, at the same number of threads.
+ *
+ * Letters: T tokens of a sample, C_in and C_out the columns and rows of a linear layer's weight, H hidden size, D head size. */
+#ifndef OMNIQUANT_KERNELS_H
+#define OMNIQUANT_KERNELS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "dtype.h"
+#include "error.h"
+#include "quantizer.h"
+
+typedef struct data data; /* never defined: elements of the backend's type */
+
+/* The grid of clip_search: factors 1, 1 - stride, ... for each end of a group's range. */
+enum { CLIP_SEARCH_STEPS = 12 };
+#define CLIP_SEARCH_STRIDE 0.04f
+
+/* A weight matrix and how it is quantized. */
+struct weight_shape {
+  int64_t rows;    /* C_out */
+  int64_t columns; /* C_in */
+  struct quantizer quantizer;
+};
+
+static inline int64_t weight_groups_per_row(const struct weight_shape *shape) {
+  return (shape->columns + shape->quantizer.group_size - 1) / shape->quantizer.group_size;
+}
+
+static inline int64_t weight_groups(const struct weight_shape *shape) {
+  return shape->rows * weight_groups_per_row(shape);
+}
+
+/* Heads of an attention and what a query may see. */
+struct attention_shape {
+  int tokens;
+  int heads;     /* of the queries */
+  int kv_heads;  /* of keys and values; divides heads: query head h reads kv head h / (heads / kv_heads) */
+  int head_size; /* D */
+  int window;    /* a query sees the last `window` positions, itself included; 0: all before it */
+};
+
+/* Device counters of an optimizer, kept there so that a step needs no look from the host. */
+struct step_state {
+  int32_t finite;  /* whether the step in work is to be applied */
+  int32_t taken;   /* steps applied */
+  int32_t skipped; /* steps whose loss or gradient was not finite */
+};
+
+/* Running cross entropy of tokens over a vocabulary that comes in pieces; see cross_entropy_piece. */
+struct cross_entropy {
+  float *maximum; /* [tokens] largest logit so far; begin at -INFINITY */
+  float *sum;     /* [tokens] sum of exp(logit - maximum) so far; begin at 0 */
+  float *target;  /* [tokens] logit of the token that is to be predicted */
+};
+
+struct kernels {
+  const char *name;      /* "cpu" */
+  const char *level;     /* what of the device is used, for the log: "x86-64-v4" */
+  int threads;           /* host threads that operations may use */
+  size_t element_bytes;  /* of one element of data */
+  struct backend *state; /* the backend's own */
+
+  void (*close)(struct kernels *k);
+
+  /* ---- memory ---- */
+  /* Device memory, zeroed; NULL if there is not enough. Freed by release; NULL may be released. */
+  void *(*allocate)(struct kernels *k, size_t bytes);
+  void (*release)(struct kernels *k, void *memory);
+  /* Waits for all work; reports the device's first failure (ERROR_WORK). */
+  int (*synchronize)(struct kernels *k, struct error *error);
+  /* Host to device, `count` elements of a checkpoint's dtype into data. `from` need not be aligned and may be reused on return. */
+  void (*load)(struct kernels *k, data *to, const void *from, enum dtype dtype, int64_t count);
+  /* Device to host, `count` elements as fp32; waits. */
+  void (*fetch)(struct kernels *k, float *to, const data *from, int64_t count);
+  /* Plain bytes host to device, device to host (waits), and device to device. */
+  void (*upload)(struct kernels *k, void *to, const void *from, size_t bytes);
+  void (*download)(struct kernels *k, void *to, const void *from, size_t bytes);
+  void (*copy)(struct kernels *k, void *to, const void *from, size_t bytes);
+  void (*clear)(struct kernels *k, void *memory, size_t bytes);
+
+  /* ---- linear layers: y = x W^T + b ---- */
+  void (*linear_forward)(struct kernels *k, data *y, /* [T, C_out] assigned, or added to */
+                         const data *x,              /* [T, C_in] */
+                         const data *w,              /* [C_out, C_in] */
+                         const data *bias,           /* [C_out] or NULL */
+                         int64_t tokens, int64_t columns, int64_t rows, bool add);
+  void (*linear_backward_input)(struct kernels *k, data *dx, /* [T, C_in] assigned, or added to */
+                                const data *dy,              /* [T, C_out] */
+                                const data *w, int64_t tokens, int64_t columns, int64_t rows, bool add);
+  void (*linear_backward_weight)(struct kernels *k, data *dw, /* [C_out, C_in] assigned */
+                                 const data *dy, const data *x, int64_t tokens, int64_t columns, int64_t rows);
+
+  /* ---- norms ---- */
+  /* y = x / sqrt(mean(x^2) + eps) * w, each row by itself. */
+  void (*rmsnorm_forward)(struct kernels *k, data *y, /* [rows, columns]; may be x */
+                          const data *x, const data *w /* [columns] */, int64_t rows, int64_t columns, float eps);
+  void (*rmsnorm_backward)(struct kernels *k, data *dx, /* [rows, columns] assigned, or added to; may be dy when assigned */
+                           const data *dy, const data *x, const data *w, int64_t rows, int64_t columns, float eps, bool add);
+
+  /* ---- positions ---- */
+  /* Rotates each head's pairs (i, i + D/2) by the angle of the row's position; inverse: by its negative, which is the backward. In place. */
+  void (*rope)(struct kernels *k, data *x,             /* [T, heads * D] */
+               const float *cosine, const float *sine, /* [T, D/2] */
+               int64_t tokens, int heads, int head_size, bool inverse);
+
+  /* ---- attention: softmax(q k^T / sqrt(D)) v, causal ---- */
+  void (*attention_forward)(struct kernels *k, data *out,   /* [T, heads * D] assigned */
+                            float *logsum,                  /* [heads, T] log of each softmax's denominator, for the backward; or NULL */
+                            const data *q,                  /* [T, heads * D] */
+                            const data *key, const data *v, /* [T, kv_heads * D] */
+                            const struct attention_shape *shape);
+  void (*attention_backward)(struct kernels *k, data *dq, data *dk, data *dv, /* assigned; shapes of q, k, v */
+                             const data *dout, const data *out, const float *logsum, const data *q, const data *key, const data *v,
+                             const struct attention_shape *shape);
+
+  /* ---- gated activation: y = silu(gate) * up ---- */
+  void (*silu_gate_forward)(struct kernels *k, data *y, const data *gate, const data *up, int64_t count);
+  void (*silu_gate_backward)(struct kernels *k, data *dgate, data *dup, /* assigned; one of them may be dy */
+                             const data *dy, const data *gate, const data *up, int64_t count);
+
+  /* ---- elementwise ---- */
+  void (*fill)(struct kernels *k, float *to, float value, int64_t count);
+  void (*add)(struct kernels *k, float *to, const float *from, int64_t count); /* to += from */
+  /* sums[c] (+)= sum over rows of x[r, c]^2 */
+  void (*column_squares)(struct kernels *k, float *sums /* [columns], added to */, const data *x, int64_t rows, int64_t columns);
+
+  /* ---- weight quantizer, method.md section 1. Factors f_hi, f_lo: [groups], NULL for 1 (round to nearest) ---- */
+  /* w_hat = fake-quantized w. at_rest: with the scale rounded to fp16, exactly what is stored. */
+  void (*quantize_forward)(struct kernels *k, data *w_hat, const data *w, const float *f_hi, const float *f_lo,
+                           const struct weight_shape *shape, bool at_rest);
+  /* Straight-through gradients of the factors. */
+  void (*quantize_backward)(struct kernels *k, float *df_hi, float *df_lo, /* [groups] assigned */
+                            const data *dw_hat, const data *w, const float *f_hi, const float *f_lo, const struct weight_shape *shape);
+  /* What is stored: packed codes, fp16 scales and zero points (store.h), at rest. */
+  void (*quantize_codes)(struct kernels *k, uint8_t *codes, uint16_t *scale, uint8_t *zero_point, const data *w, const float *f_hi,
+                         const float *f_lo, const struct weight_shape *shape);
+  /* Search of method.md section 7 over groups [first, end): the pair of grid factors with the least sum of a_c (w_hat - w)^2. */
+  void (*clip_search)(struct kernels *k, float *f_hi, float *f_lo, /* [groups], entries [first, end) assigned */
+                      const data *w, const float *importance,      /* a: [columns] */
+                      const struct weight_shape *shape, int64_t first, int64_t end);
+
+  /* ---- loss: mean((y - target)^2) ---- */
+  void (*mse)(struct kernels *k, float *loss, /* one value, assigned or added to */
+              data *dy,                       /* [count] gradient * weight, assigned or added to; NULL: loss only */
+              const data *y, const data *target, int64_t count, float weight, /* of the gradient: 1 / samples of the step */
+              bool add);
+
+  /* ---- optimizers over fp32 parameters ---- */
+  void (*sigmoid_forward)(struct kernels *k, float *y, const float *x, int64_t count);
+  void (*sigmoid_backward)(struct kernels *k, float *dx, const float *dy, const float *x, int64_t count); /* dx may be dy */
+  /* x = the logarithm of y / (1 - y), y taken as `limit` where it is above: the sigmoid's inverse, in place. */
+  void (*sigmoid_inverse)(struct kernels *k, float *x, float limit, int64_t count);
+  /* Looks whether all values are finite and counts the step as taken or skipped. */
+  void (*step_begin)(struct kernels *k, struct step_state *state, const float *values, int64_t count);
+  /* AdamW without weight decay (0.9, 0.999, 1e-8); does nothing when the step is skipped. */
+  void (*adamw)(struct kernels *k, float *x, float *m, float *v, const float *gradient, int64_t count, float lr,
+                const struct step_state *state);
+  /* x = clamp(x - lr * sign(gradient), 0, 1); does nothing when the step is skipped. */
+  void (*sign_step)(struct kernels *k, float *x, const float *gradient, int64_t count, float lr, const struct step_state *state);
+
+  /* ---- evaluation ---- */
+  /* Takes the logits of vocabulary entries [first, first + columns) into the running cross entropy. */
+  void (*cross_entropy_piece)(struct kernels *k, struct cross_entropy *state, const data *logits, /* [rows, columns] */
+                              const int32_t *target,                                              /* [rows] ids, device memory */
+                              int64_t rows, int64_t first, int64_t columns);
+};
+
+/* Opens a backend. Errors: ERROR_INPUT for a name that is not built in, ERROR_WORK when the device fails. NULL on failure. */
+struct kernels *kernels_open(const char *name, /* "cpu" */
+                             int threads,      /* host threads, at least 1 */
+                             struct error *error);
+
+/* Element `offset` of a tensor. */
+static inline data *data_at(const struct kernels *k, const data *tensor, int64_t offset) {
+  return (data *)(uintptr_t)((uintptr_t)tensor + (uintptr_t)offset * k->element_bytes);
+}
+
+#endif

@@ -1,0 +1,109 @@
+/* quantizer.h: the arithmetic of the weight quantizer (method.md section 1) for one group and one element, shared by every backend.
+ * Source: OmniQuant, arXiv 2308.13137, eq. 2; the lines marked there as ours keep the zero point inside 0..Q. */
+#ifndef OMNIQUANT_QUANTIZER_H
+#define OMNIQUANT_QUANTIZER_H
+
+#include <math.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "dtype.h"
+
+#ifdef __CUDACC__
+#define QUANTIZER_FUNCTION static __host__ __device__ __forceinline__
+#else
+#define QUANTIZER_FUNCTION static inline
+#endif
+
+struct quantizer {
+  int bits;           /* n: 2..8 */
+  bool symmetric;     /* zero point fixed at 2^(n-1) */
+  int64_t group_size; /* input columns a group, the last of a row may be short; C_in for per channel */
+};
+
+/* What one group's codes mean: w_hat = (code - zero_point) * scale. */
+struct group_grid {
+  float scale;
+  float zero_point;
+};
+
+/* Not fmaxf and fminf: their rules for NaN keep compilers from vector code. */
+QUANTIZER_FUNCTION float quantizer_max(float a, float b) {
+  return a > b ? a : b;
+}
+QUANTIZER_FUNCTION float quantizer_min(float a, float b) {
+  return a < b ? a : b;
+}
+
+QUANTIZER_FUNCTION float quantizer_top(const struct quantizer *q) { /* Q = 2^n - 1 */
+  return (float)((1 << q->bits) - 1);
+}
+
+/* The largest scale's divisor: Q, or 2^(n-1) - 1 for symmetric codes. */
+QUANTIZER_FUNCTION float quantizer_steps(const struct quantizer *q) {
+  return q->symmetric ? (float)((1 << (q->bits - 1)) - 1) : quantizer_top(q);
+}
+
+/* hi and lo with 0 inside: the ends of the range that the codes cover. */
+QUANTIZER_FUNCTION float quantizer_high(float factor, float maximum) {
+  return quantizer_max(factor * maximum, 0);
+}
+QUANTIZER_FUNCTION float quantizer_low(float factor, float minimum) {
+  return quantizer_min(factor * minimum, 0);
+}
+
+QUANTIZER_FUNCTION float quantizer_raw_scale(const struct quantizer *q, float high, float low) {
+  float range = q->symmetric ? quantizer_max(high, -low) : high - low;
+  return range / quantizer_steps(q);
+}
+
+QUANTIZER_FUNCTION bool quantizer_scale_clamped(float raw) {
+  return !(raw >= 1e-5f && raw <= 1e4f);
+}
+
+/* at_rest: the scale as it is stored, in fp16. */
+QUANTIZER_FUNCTION struct group_grid quantizer_grid(const struct quantizer *q, float high, float low, bool at_rest) {
+  struct group_grid grid;
+  grid.scale = quantizer_min(quantizer_max(quantizer_raw_scale(q, high, low), 1e-5f), 1e4f);
+  if (at_rest) grid.scale = half_to_float(half_from_float(grid.scale));
+  grid.zero_point =
+      q->symmetric ? (float)(1 << (q->bits - 1)) : quantizer_min(quantizer_max(rintf(-low / grid.scale), 0), quantizer_top(q));
+  return grid;
+}
+
+/* round(w / scale) + zero_point before it is clamped to 0..Q: outside, the weight is clipped. */
+QUANTIZER_FUNCTION float quantizer_raw_code(float w, struct group_grid grid) {
+  return rintf(w / grid.scale) + grid.zero_point;
+}
+
+QUANTIZER_FUNCTION float quantizer_code(float w, struct group_grid grid, float top) {
+  return quantizer_min(quantizer_max(quantizer_raw_code(w, grid), 0), top);
+}
+
+QUANTIZER_FUNCTION float quantizer_fake(float w, struct group_grid grid, float top) {
+  return (quantizer_code(w, grid, top) - grid.zero_point) * grid.scale;
+}
+
+/* d w_hat / d scale, straight-through: round(x) - x inside, the code's distance from the zero point at the ends and outside: a weight
+ * that the range's end holds moves with it. */
+QUANTIZER_FUNCTION float quantizer_scale_slope(float w, struct group_grid grid, float top) {
+  float x = w / grid.scale, rounded = rintf(x), raw = rounded + grid.zero_point;
+  return raw <= 0 ? -grid.zero_point : raw >= top ? top - grid.zero_point : rounded - x;
+}
+
+/* d scale / d f_hi and d scale / d f_lo of a group whose scale is not clamped. Where both ends of a symmetric range are
+ * equally far from zero each takes half, as a maximum's gradient is shared by ties. */
+QUANTIZER_FUNCTION void quantizer_factor_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum, float minimum,
+                                                float *slope_hi, float *slope_lo) {
+  float high = quantizer_high(f_hi, maximum), low = quantizer_low(f_lo, minimum);
+  float share_hi = 1, share_lo = 1;
+  if (q->symmetric) {
+    share_hi = high > -low ? 1.0f : high == -low ? 0.5f : 0.0f;
+    share_lo = 1 - share_hi;
+  }
+  bool clamped = quantizer_scale_clamped(quantizer_raw_scale(q, high, low));
+  *slope_hi = clamped ? 0 : share_hi * quantizer_max(maximum, 0) / quantizer_steps(q);
+  *slope_lo = clamped ? 0 : share_lo * -quantizer_min(minimum, 0) / quantizer_steps(q);
+}
+
+#endif

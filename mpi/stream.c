@@ -1,0 +1,204 @@
+/* stream.c: the reader's thread on rank 0 and the pieces in flight. Only the main thread calls MPI. An item is sent as one status word, so
+ * that a failed read reaches all ranks, and then its bytes in pieces, a few of them under way at a time. */
+#include "stream.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <time.h>
+
+enum { IN_FLIGHT = 4, PIECES = 32 };
+static const size_t SMALLEST_PIECE = (size_t)1 << 20, LARGEST_PIECE = (size_t)1 << 28;
+
+enum reader_state { READER_IDLE, READER_READING, READER_DONE, READER_QUIT };
+enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COMPLETE };
+
+struct stream {
+  struct world *world;
+  struct stream_source source;
+  MPI_Comm communicator; /* of its own: its broadcasts may overtake the calibration's collectives */
+  char *buffer;
+  int item; /* being read or sent, or last handed out */
+
+  enum transfer_state transfer;
+  int status;     /* of the item's read, as broadcast */
+  bool cancelled; /* rank 0: the stream is being closed, the item need not be sent */
+  size_t posted, piece;
+  MPI_Request request[IN_FLIGHT];
+
+  bool has_reader; /* rank 0 */
+  pthread_t thread;
+  pthread_mutex_t lock; /* guards `reader`; read_error and the buffer belong to the thread while READER_READING */
+  pthread_cond_t changed;
+  enum reader_state reader;
+  struct error read_error;
+};
+
+static void require(struct stream *s, int code) {
+  if (code == MPI_SUCCESS) return;
+  struct error error = {0};
+  error_set(&error, ERROR_WORK, "rank %d: the broadcast of block %d failed in MPI (code %d)", s->world->rank, s->item, code);
+  world_abort(s->world, &error);
+}
+
+static void *reader_main(void *argument) {
+  struct stream *s = argument;
+  pthread_mutex_lock(&s->lock);
+  while (s->reader != READER_QUIT) {
+    if (s->reader != READER_READING) {
+      pthread_cond_wait(&s->changed, &s->lock);
+      continue;
+    }
+    int item = s->item;
+    pthread_mutex_unlock(&s->lock);
+    s->source.read(s->source.context, item, s->buffer, &s->read_error);
+    pthread_mutex_lock(&s->lock);
+    if (s->reader == READER_READING) s->reader = READER_DONE;
+    pthread_cond_broadcast(&s->changed);
+  }
+  pthread_mutex_unlock(&s->lock);
+  return NULL;
+}
+
+static void reader_set(struct stream *s, enum reader_state state) {
+  pthread_mutex_lock(&s->lock);
+  s->reader = state;
+  pthread_cond_broadcast(&s->changed);
+  pthread_mutex_unlock(&s->lock);
+}
+
+static bool reader_done(struct stream *s, bool wait) {
+  pthread_mutex_lock(&s->lock);
+  while (wait && s->reader == READER_READING) pthread_cond_wait(&s->changed, &s->lock);
+  bool done = s->reader == READER_DONE;
+  pthread_mutex_unlock(&s->lock);
+  return done;
+}
+
+/* Begins the transfer of s->item: nothing is posted before rank 0 has read it. */
+static void item_begin(struct stream *s) {
+  size_t bytes = s->source.bytes(s->source.context, s->item);
+  s->piece = bytes / PIECES < SMALLEST_PIECE ? SMALLEST_PIECE : bytes / PIECES > LARGEST_PIECE ? LARGEST_PIECE : bytes / PIECES;
+  s->posted = 0;
+  s->transfer = TRANSFER_STATUS;
+  s->status = 0;
+  for (int i = 0; i < IN_FLIGHT; i++) s->request[i] = MPI_REQUEST_NULL;
+  if (s->has_reader)
+    reader_set(s, READER_READING);
+  else
+    require(s, MPI_Ibcast(&s->status, 1, MPI_INT, 0, s->communicator, &s->request[0]));
+}
+
+/* Posts pieces into free requests until all are under way. */
+static void post_pieces(struct stream *s, size_t bytes) {
+  for (int i = 0; i < IN_FLIGHT && s->posted < bytes; i++) {
+    if (s->request[i] != MPI_REQUEST_NULL) continue;
+    size_t length = bytes - s->posted < s->piece ? bytes - s->posted : s->piece;
+    require(s, MPI_Ibcast(s->buffer + s->posted, (int)length, MPI_BYTE, 0, s->communicator, &s->request[i]));
+    s->posted += length;
+  }
+}
+
+static void advance(struct stream *s, bool wait) {
+  size_t bytes = s->source.bytes(s->source.context, s->item);
+  int idle;
+  if (s->transfer == TRANSFER_STATUS) {
+    if (s->has_reader) {
+      if (!reader_done(s, wait)) return;
+      s->status = s->cancelled ? ERROR_WORK : s->read_error.code;
+      if (s->world->size == 1) {
+        s->transfer = TRANSFER_COMPLETE;
+        return;
+      }
+      if (s->request[0] == MPI_REQUEST_NULL) require(s, MPI_Ibcast(&s->status, 1, MPI_INT, 0, s->communicator, &s->request[0]));
+    }
+    require(s, MPI_Test(&s->request[0], &idle, MPI_STATUS_IGNORE));
+    if (!idle) return;
+    s->transfer = s->status ? TRANSFER_COMPLETE : TRANSFER_PIECES;
+  }
+  if (s->transfer == TRANSFER_PIECES) {
+    post_pieces(s, bytes);
+    for (int i = 0; i < IN_FLIGHT; i++) require(s, MPI_Test(&s->request[i], &idle, MPI_STATUS_IGNORE));
+    post_pieces(s, bytes);
+    require(s, MPI_Testall(IN_FLIGHT, s->request, &idle, MPI_STATUSES_IGNORE));
+    if (idle && s->posted == bytes) s->transfer = TRANSFER_COMPLETE;
+  }
+}
+
+int stream_open(struct world *world, const struct stream_source *source, struct stream **stream, struct error *error) {
+  size_t largest = 64;
+  for (int item = source->first; item < source->end; item++) {
+    size_t bytes = source->bytes(source->context, item);
+    if (bytes > largest) largest = bytes;
+  }
+  struct stream *s = *stream = calloc(1, sizeof *s);
+  MPI_Comm communicator;
+  if (MPI_Comm_dup(world->communicator, &communicator) != MPI_SUCCESS) {
+    free(s);
+    *stream = NULL;
+    return error_set(error, ERROR_WORK, "MPI could not make a communicator for the block stream");
+  }
+  if (s) s->buffer = aligned_alloc(64, (largest + 63) / 64 * 64);
+  if (!s || !s->buffer) {
+    MPI_Comm_free(&communicator);
+    free(s);
+    *stream = NULL;
+    return error_set(error, ERROR_WORK, "rank %d: out of memory for the block stream (%zu bytes)", world->rank, largest);
+  }
+  s->world = world;
+  s->source = *source;
+  s->communicator = communicator;
+  s->item = source->first;
+  s->transfer = TRANSFER_COMPLETE;
+  pthread_mutex_init(&s->lock, NULL);
+  pthread_cond_init(&s->changed, NULL);
+  s->reader = READER_IDLE;
+  if (world->rank == 0) {
+    if (pthread_create(&s->thread, NULL, reader_main, s)) {
+      stream_close(s);
+      *stream = NULL;
+      return error_set(error, ERROR_WORK, "no thread for the block stream's reader");
+    }
+    s->has_reader = true;
+  }
+  return 0;
+}
+
+void stream_start(struct stream *s) {
+  if (s->item < s->source.end) item_begin(s);
+}
+
+void stream_poll(struct stream *s) {
+  if (s->transfer != TRANSFER_COMPLETE) advance(s, false);
+}
+
+int stream_next(struct stream *s, const void **bytes, struct error *error) {
+  const struct timespec pause = {.tv_nsec = 50000}; /* leave the core to the reader */
+  while (s->transfer != TRANSFER_COMPLETE) {
+    advance(s, true);
+    if (s->transfer != TRANSFER_COMPLETE && !s->has_reader) nanosleep(&pause, NULL);
+  }
+  *bytes = s->buffer;
+  if (!s->status) return 0;
+  if (s->has_reader) return error_set(error, s->read_error.code, "%s", s->read_error.message);
+  return error_set(error, s->status, "rank 0 could not read block %d", s->item);
+}
+
+void stream_release(struct stream *s) {
+  if (++s->item < s->source.end) item_begin(s);
+}
+
+void stream_close(struct stream *s) {
+  if (!s) return;
+  s->cancelled = true;
+  while (s->transfer != TRANSFER_COMPLETE) advance(s, true); /* a broadcast that was begun cannot be taken back */
+  if (s->has_reader) {
+    reader_set(s, READER_QUIT);
+    pthread_join(s->thread, NULL);
+  }
+  MPI_Comm_free(&s->communicator);
+  pthread_mutex_destroy(&s->lock);
+  pthread_cond_destroy(&s->changed);
+  free(s->buffer);
+  free(s);
+}

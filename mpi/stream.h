@@ -1,0 +1,43 @@
+/* stream.h: the block stream: items (a model's blocks, in order) go from rank 0 to every rank, one ahead of the work. On rank 0 a thread
+ * reads the next item into the one buffer as soon as the current item has been taken out of it; its pieces are then broadcast without
+ * blocking while the ranks work, each time they call stream_poll. What the bytes mean is the source's business. */
+#ifndef OMNIQUANT_STREAM_H
+#define OMNIQUANT_STREAM_H
+
+#include <stddef.h>
+
+#include "error.h"
+#include "world.h"
+
+struct stream_source {
+  int first, end; /* items [first, end) */
+  /* Bytes of an item; the same answer on every rank. */
+  size_t (*bytes)(const void *context, int item);
+  /* Fills the buffer with an item. Called on rank 0 only, from the reader's thread, in order. */
+  int (*read)(void *context, int item, void *buffer, struct error *error);
+  void *context; /* given to both; owned by the caller, must outlive the stream */
+};
+
+struct stream; /* one rank's end */
+
+/* Makes this rank's end. Collective. The buffer holds the largest item, 64-byte aligned.
+ * Errors (ERROR_WORK: memory, threads) are this rank's own: agree on them. *stream is NULL then. */
+int stream_open(struct world *world, const struct stream_source *source, struct stream **stream, struct error *error);
+
+/* Begins with the first item, once all ranks have opened their ends. Collective. */
+void stream_start(struct stream *stream);
+
+/* Lets a broadcast in work advance; cheap. Call it every few milliseconds of work, on every rank. */
+void stream_poll(struct stream *stream);
+
+/* Waits for the next item. Collective. *bytes points into the stream's buffer until stream_release.
+ * A failed read comes back on every rank at this call; rank 0 has its message, agree on it. */
+int stream_next(struct stream *stream, const void **bytes, struct error *error);
+
+/* Says that the item has been taken out: the next one may overwrite it. */
+void stream_release(struct stream *stream);
+
+/* Ends the reader and frees; safe at any time on which all ranks agree, and with NULL. Collective. */
+void stream_close(struct stream *stream);
+
+#endif

@@ -1,0 +1,147 @@
+/* world.c: ranks and collectives over host memory, on MPI. */
+#include "world.h"
+
+#include <sched.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { TAG_BYTES = 1, TAG_REDUCE = 2 };
+static const size_t PIECE = (size_t)1 << 28; /* MPI counts are int: longer messages go in pieces */
+
+/* Ends all ranks when MPI fails. */
+static void require(struct world *world, int code, const char *what) {
+  if (code == MPI_SUCCESS) return;
+  char reason[MPI_MAX_ERROR_STRING] = "";
+  int length;
+  MPI_Error_string(code, reason, &length);
+  struct error error = {0};
+  error_set(&error, ERROR_WORK, "rank %d: MPI %s failed: %s", world->rank, what, reason);
+  world_abort(world, &error);
+}
+
+int world_init(struct world *world, int *argc, char ***argv, struct error *error) {
+  int provided;
+  if (MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS || provided < MPI_THREAD_FUNNELED)
+    return error_set(error, ERROR_WORK, "MPI could not start with thread support (MPI_THREAD_FUNNELED)");
+  world->communicator = MPI_COMM_WORLD;
+  MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+  MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
+  require(world, MPI_Comm_rank(MPI_COMM_WORLD, &world->rank), "rank");
+  require(world, MPI_Comm_size(MPI_COMM_WORLD, &world->size), "size");
+  MPI_Comm node;
+  require(world, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL, &node), "split by node");
+  require(world, MPI_Comm_rank(node, &world->local_rank), "rank");
+  require(world, MPI_Comm_size(node, &world->local_size), "size");
+  require(world, MPI_Comm_free(&node), "free");
+  return 0;
+}
+
+void world_finalize(struct world *world) {
+  (void)world;
+  MPI_Finalize();
+}
+
+int world_agree(struct world *world, struct error *error) {
+  struct {
+    int code, rank;
+  } mine = {error->code ? 1 : 0, world->rank}, worst;
+  require(world, MPI_Allreduce(&mine, &worst, 1, MPI_2INT, MPI_MAXLOC, world->communicator), "allreduce");
+  if (!worst.code) return 0;
+  require(world, MPI_Bcast(error, sizeof *error, MPI_BYTE, worst.rank, world->communicator), "broadcast");
+  return error->code;
+}
+
+void world_abort(struct world *world, const struct error *error) {
+  fprintf(stderr, "omniquant: %s\n", error->message);
+  fflush(stderr);
+  MPI_Abort(world->communicator, error->code);
+  _exit(error->code);
+}
+
+static void add_to(float *values, const float *other, size_t count) {
+  for (size_t i = 0; i < count; i++) values[i] += other[i];
+}
+
+static void exchange_and_add(struct world *world, float *values, size_t count, float *scratch, int partner) {
+  int floats = (int)count;
+  require(world,
+          MPI_Sendrecv(values, floats, MPI_FLOAT, partner, TAG_REDUCE, scratch, floats, MPI_FLOAT, partner, TAG_REDUCE, world->communicator,
+                       MPI_STATUS_IGNORE),
+          "exchange");
+  add_to(values, scratch, count);
+}
+
+/* Recursive doubling: after the round of distance d each rank holds the sum of its aligned run of 2d ranks. Both partners add the same two
+ * numbers, and floating-point addition is commutative, so all hold the same bits. Ranks beyond a power of two give theirs away first. */
+static void allreduce_piece(struct world *world, float *values, size_t count, float *scratch) {
+  int rank = world->rank, power = 1, floats = (int)count;
+  while (power * 2 <= world->size) power *= 2;
+  int extra = world->size - power;
+  if (rank >= power) require(world, MPI_Send(values, floats, MPI_FLOAT, rank - power, TAG_REDUCE, world->communicator), "send");
+  if (rank < extra) {
+    require(world, MPI_Recv(scratch, floats, MPI_FLOAT, rank + power, TAG_REDUCE, world->communicator, MPI_STATUS_IGNORE), "receive");
+    add_to(values, scratch, count);
+  }
+  if (rank < power)
+    for (int distance = 1; distance < power; distance *= 2) exchange_and_add(world, values, count, scratch, rank ^ distance);
+  if (rank < extra) require(world, MPI_Send(values, floats, MPI_FLOAT, rank + power, TAG_REDUCE, world->communicator), "send");
+  if (rank >= power)
+    require(world, MPI_Recv(values, floats, MPI_FLOAT, rank - power, TAG_REDUCE, world->communicator, MPI_STATUS_IGNORE), "receive");
+}
+
+void world_allreduce(struct world *world, float *values, size_t count, float *scratch) {
+  if (world->size == 1) return;
+  for (size_t done = 0; done < count; done += PIECE)
+    allreduce_piece(world, values + done, count - done < PIECE ? count - done : PIECE, scratch);
+}
+
+void world_broadcast(struct world *world, void *bytes, size_t count) {
+  for (size_t done = 0; done < count; done += PIECE) {
+    size_t piece = count - done < PIECE ? count - done : PIECE;
+    require(world, MPI_Bcast((char *)bytes + done, (int)piece, MPI_BYTE, 0, world->communicator), "broadcast");
+  }
+}
+
+void world_send(struct world *world, const void *bytes, size_t count, int to) {
+  for (size_t done = 0; done < count; done += PIECE) {
+    size_t piece = count - done < PIECE ? count - done : PIECE;
+    require(world, MPI_Send((const char *)bytes + done, (int)piece, MPI_BYTE, to, TAG_BYTES, world->communicator), "send");
+  }
+}
+
+void world_receive(struct world *world, void *bytes, size_t count) {
+  for (size_t done = 0; done < count; done += PIECE) {
+    size_t piece = count - done < PIECE ? count - done : PIECE;
+    require(world, MPI_Recv((char *)bytes + done, (int)piece, MPI_BYTE, 0, TAG_BYTES, world->communicator, MPI_STATUS_IGNORE), "receive");
+  }
+}
+
+double world_max(struct world *world, double value) {
+  double result;
+  require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_MAX, world->communicator), "allreduce");
+  return result;
+}
+
+double world_sum(struct world *world, double value) {
+  double result;
+  require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_SUM, world->communicator), "allreduce");
+  return result;
+}
+
+/* Cores of this node that its ranks may use together: a launcher may have bound each to its own, or left all to all. */
+static int usable_cores(void) {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+int world_threads(const struct world *world, int asked) {
+  int online = (int)sysconf(_SC_NPROCESSORS_ONLN), mine = usable_cores();
+  bool bound = mine < online && world->local_size > 1; /* the launcher gave each rank its cores */
+  int share = bound ? mine : mine / world->local_size;
+  if (share < 1) share = 1;
+  if (asked > 0) return asked < mine ? asked : mine;
+  return share;
+}

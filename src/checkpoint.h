@@ -1,0 +1,40 @@
+/* checkpoint.h: rank 0's reading of a model folder: block images, embedded tokens, and the pieces of the head. Only the tensors in use are
+ * touched, and their pages are given back, so that memory does not grow with the model. */
+#ifndef OMNIQUANT_CHECKPOINT_H
+#define OMNIQUANT_CHECKPOINT_H
+
+#include <stdint.h>
+
+#include "error.h"
+#include "model.h"
+
+struct checkpoint;
+
+/* Opens config.json and the safetensors of a folder, and checks every tensor that the model needs: there, of the right shape, and of type
+ * F32, F16 or BF16. Errors: ERROR_INPUT; *checkpoint is NULL. */
+int checkpoint_open(const char *folder, struct model *model, /* receives what the checkpoint is */
+                    struct checkpoint **checkpoint, struct error *error);
+
+/* config.json as it stands; owned by the checkpoint. */
+const char *checkpoint_config(const struct checkpoint *checkpoint);
+
+/* Makes the image of a block: its tensors at model->tensor[i].image_offset in the types that `model` says (that of checkpoint_open, or
+ * wider). Errors: ERROR_INPUT for a value that is not finite. Other threads may read other things meanwhile. */
+int checkpoint_read_block(const struct checkpoint *checkpoint, const struct model *model, int block, void *image, struct error *error);
+
+/* One tensor of that image. */
+int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct model *model, int block, int index, void *image,
+                           struct error *error);
+
+/* Rows of the embedding, as the first block's input. */
+int checkpoint_embed(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, /* [count, hidden] */
+                     struct error *error);
+
+/* The final norm's weight, [hidden], and rows [first, first + count) of the head, [count, hidden], as fp32. */
+int checkpoint_read_final_norm(const struct checkpoint *checkpoint, float *out, struct error *error);
+int checkpoint_read_head(const struct checkpoint *checkpoint, int64_t first, int64_t count, float *out, struct error *error);
+
+/* NULL is allowed. */
+void checkpoint_close(struct checkpoint *checkpoint);
+
+#endif

@@ -1,0 +1,302 @@
+/* evaluate.c: perplexity, with the blocks and then the head streamed past each rank's windows. */
+#include "evaluate.h"
+
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include "block.h"
+#include "checkpoint.h"
+#include "dequantize.h"
+#include "feed.h"
+#include "stream.h"
+
+struct evaluation {
+  struct world *world;
+  const struct evaluate_options *options;
+  int windows; /* of all ranks */
+
+  /* rank 0 */
+  struct checkpoint *checkpoint;
+  struct store *store;
+  struct tokens *tokens;
+  int64_t *start; /* [windows] first token of each */
+
+  /* every rank */
+  struct model model; /* with the types that the stream carries */
+  struct kernels *k;
+  int count;    /* this rank's windows */
+  data *x;      /* [count, T, hidden] */
+  int32_t *ids; /* [count, T] host */
+  struct block block;
+  struct stream *stream;
+  double nll; /* sum of this rank's windows' means */
+
+  /* head */
+  int64_t piece;                /* vocabulary entries an item */
+  data *weight, *logits;        /* [piece, hidden], [T, piece] */
+  int32_t *target;              /* [count, T] device */
+  struct cross_entropy entropy; /* [count * T] */
+};
+
+static double now(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* ---- rank 0: input ---- */
+
+static int choose_windows(struct evaluation *e, struct error *error) {
+  const struct evaluate_options *options = e->options;
+  int64_t count = tokens_count(e->tokens), fitting = (count - options->offset) / options->seqlen;
+  e->windows = options->windows ? options->windows : (int)(fitting < 1 << 30 ? fitting : 1 << 30);
+  if (options->offset >= count || fitting < 1 || fitting < options->windows)
+    return error_set(
+        error, ERROR_INPUT,
+        "%s: tokens: %lld are there; from --offset %lld on that is not enough for %d windows of %d; give more text or lower --windows",
+        options->tokens, (long long)count, (long long)options->offset, options->windows ? options->windows : 1, options->seqlen);
+  e->start = calloc((size_t)e->windows, sizeof *e->start);
+  if (!e->start) return error_set(error, ERROR_WORK, "out of memory for the windows");
+  for (int i = 0; i < e->windows; i++) e->start[i] = options->offset + (int64_t)i * options->seqlen;
+  return 0;
+}
+
+static int open_files(struct evaluation *e, struct error *error) {
+  const struct evaluate_options *options = e->options;
+  if (checkpoint_open(options->model, &e->model, &e->checkpoint, error)) return error->code;
+  if (tokens_open(options->tokens, &e->tokens, error) || choose_windows(e, error)) return error->code;
+  if (!options->quantized) return 0;
+  if (store_open(options->quantized, &e->store, error)) return error->code;
+  if (store_info(e->store)->blocks != e->model.blocks)
+    return error_set(error, ERROR_INPUT, "%s: it holds a model of %d blocks, %s has %d; give the model it was made from",
+                     options->quantized, store_info(e->store)->blocks, options->model, e->model.blocks);
+  for (int i = 0; i < e->model.blocks; i++)
+    if (!store_has_block(e->store, i))
+      return error_set(error, ERROR_INPUT, "%s: block %d is not there; its calibration did not end", options->quantized, i);
+  for (int i = 0; i < LINEARS; i++) e->model.tensor[e->model.linear[i].weight].dtype = DTYPE_F32;
+  model_layout(&e->model);
+  return 0;
+}
+
+/* ---- the stream's items: blocks, the final norm, pieces of the head ---- */
+
+static int64_t piece_rows(const struct evaluation *e, int item) {
+  int64_t first = (item - e->model.blocks - 1) * e->piece, left = e->model.vocabulary - first;
+  return left < e->piece ? left : e->piece;
+}
+
+static size_t item_bytes(const void *context, int item) {
+  const struct evaluation *e = context;
+  if (item < e->model.blocks) return e->model.image_bytes;
+  int64_t rows = item == e->model.blocks ? 1 : piece_rows(e, item);
+  return (size_t)(rows * e->model.hidden) * sizeof(float);
+}
+
+static int read_quantized(struct evaluation *e, int item, void *image, struct error *error) {
+  struct block_record record = {0};
+  for (int i = 0; i < e->model.tensors && !error->code; i++) {
+    bool stored = false;
+    for (int role = 0; role < LINEARS; role++) stored = stored || e->model.linear[role].weight == i;
+    if (!stored) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
+  }
+  if (!error->code && !store_read_block(e->store, item, &record, error))
+    dequantize_block(&record, &e->model, image, e->options->quantized, error);
+  block_record_free(&record);
+  return error->code;
+}
+
+static int read_item(void *context, int item, void *buffer, struct error *error) {
+  struct evaluation *e = context;
+  if (item < e->model.blocks && e->store) return read_quantized(e, item, buffer, error);
+  if (item < e->model.blocks) return checkpoint_read_block(e->checkpoint, &e->model, item, buffer, error);
+  if (item == e->model.blocks) return checkpoint_read_final_norm(e->checkpoint, buffer, error);
+  return checkpoint_read_head(e->checkpoint, (item - e->model.blocks - 1) * e->piece, piece_rows(e, item), buffer, error);
+}
+
+/* ---- every rank: memory ---- */
+
+static int window_owner(const void *context, int window) {
+  return window % ((const struct evaluation *)context)->world->size;
+}
+
+static void *device_memory(struct evaluation *e, size_t bytes, struct error *error) {
+  void *memory = error->code ? NULL : e->k->allocate(e->k, bytes);
+  if (!memory)
+    error_set(error, ERROR_WORK, "rank %d: out of memory on %s (%zu bytes); lower --windows or use more ranks", e->world->rank, e->k->name,
+              bytes);
+  return memory;
+}
+
+static int open_work(struct evaluation *e, struct error *error) {
+  int64_t T = e->options->seqlen, H = e->model.hidden, budget = 8 << 20; /* elements of a piece of the head, and of its logits */
+  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
+  if (!e->k) return error->code;
+  for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
+  e->piece = budget / (H > T ? H : T);
+  if (e->piece > e->model.vocabulary) e->piece = e->model.vocabulary;
+  if (e->piece < 1) e->piece = 1;
+  int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
+  struct stream_source source = {0, items, item_bytes, read_item, e};
+  size_t tokens = (size_t)e->count * (size_t)T;
+  e->ids = calloc(tokens + 1, sizeof *e->ids);
+  if (!e->ids) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
+  e->x = device_memory(e, tokens * (size_t)H * e->k->element_bytes, error);
+  e->weight = device_memory(e, (size_t)(e->piece * H) * e->k->element_bytes, error);
+  e->logits = device_memory(e, (size_t)(e->piece * T) * e->k->element_bytes, error);
+  e->target = device_memory(e, tokens * sizeof *e->target, error);
+  e->entropy.maximum = device_memory(e, tokens * sizeof(float), error);
+  e->entropy.sum = device_memory(e, tokens * sizeof(float), error);
+  e->entropy.target = device_memory(e, tokens * sizeof(float), error);
+  if (error->code || block_init(&e->block, &e->model, e->k, e->options->seqlen, false, false, error)) return error->code;
+  return stream_open(e->world, &source, &e->stream, error);
+}
+
+static void evaluation_free(struct evaluation *e) {
+  stream_close(e->stream);
+  store_close(e->store, &(struct error){0});
+  tokens_close(e->tokens);
+  checkpoint_close(e->checkpoint);
+  free(e->start);
+  free(e->ids);
+  if (!e->k) return;
+  void *const device[] = {e->x, e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
+  for (size_t i = 0; i < sizeof device / sizeof *device; i++) e->k->release(e->k, device[i]);
+  block_free(&e->block);
+  e->k->close(e->k);
+}
+
+/* ---- the work ---- */
+
+static data *window(const struct evaluation *e, int i) {
+  return data_at(e->k, e->x, (int64_t)i * e->options->seqlen * e->model.hidden);
+}
+
+static int next_item(struct evaluation *e, const void **bytes, struct error *error) {
+  stream_next(e->stream, bytes, error);
+  return world_agree(e->world, error);
+}
+
+static int pass_block(struct evaluation *e, struct error *error) {
+  const void *image;
+  if (next_item(e, &image, error)) return error->code;
+  block_load(&e->block, image);
+  stream_release(e->stream);
+  for (int i = 0; i < e->count; i++) {
+    block_forward(&e->block, BLOCK_FULL, window(e, i), window(e, i));
+    stream_poll(e->stream);
+  }
+  return 0;
+}
+
+static int pass_final_norm(struct evaluation *e, struct error *error) {
+  const void *norm;
+  int64_t H = e->model.hidden;
+  if (next_item(e, &norm, error)) return error->code;
+  e->k->load(e->k, e->weight, norm, DTYPE_F32, H);
+  stream_release(e->stream);
+  e->k->rmsnorm_forward(e->k, e->x, e->x, e->weight, (int64_t)e->count * e->options->seqlen, H, e->model.norm_eps);
+  return 0;
+}
+
+/* The last token of a window predicts nothing: its target is in no piece. */
+static int start_entropy(struct evaluation *e, struct error *error) {
+  int64_t T = e->options->seqlen, tokens = e->count * T;
+  int32_t *target = malloc((size_t)(tokens + 1) * sizeof *target);
+  if (!target) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
+  for (int64_t t = 0; t < tokens; t++) target[t] = t % T == T - 1 ? -1 : e->ids[t + 1];
+  e->k->upload(e->k, e->target, target, (size_t)tokens * sizeof *target);
+  e->k->fill(e->k, e->entropy.maximum, -INFINITY, tokens);
+  free(target);
+  return 0;
+}
+
+static int pass_head_piece(struct evaluation *e, int64_t first, int64_t rows, struct error *error) {
+  const void *weight;
+  int64_t T = e->options->seqlen, H = e->model.hidden;
+  if (next_item(e, &weight, error)) return error->code;
+  e->k->load(e->k, e->weight, weight, DTYPE_F32, rows * H);
+  stream_release(e->stream);
+  for (int i = 0; i < e->count; i++) {
+    struct cross_entropy state = {e->entropy.maximum + i * T, e->entropy.sum + i * T, e->entropy.target + i * T};
+    e->k->linear_forward(e->k, e->logits, window(e, i), e->weight, NULL, T, H, rows, false);
+    e->k->cross_entropy_piece(e->k, &state, e->logits, e->target + i * T, T, first, rows);
+    stream_poll(e->stream);
+  }
+  return 0;
+}
+
+static int sum_entropy(struct evaluation *e, struct error *error) {
+  int64_t T = e->options->seqlen;
+  size_t tokens = (size_t)e->count * (size_t)T, bytes = tokens * sizeof(float);
+  float *host = malloc(3 * bytes + 1);
+  if (!host) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
+  const float *maximum = host, *sum = host + tokens, *target = host + 2 * tokens;
+  e->k->download(e->k, host, e->entropy.maximum, bytes);
+  e->k->download(e->k, host + tokens, e->entropy.sum, bytes);
+  e->k->download(e->k, host + 2 * tokens, e->entropy.target, bytes);
+  for (int i = 0; i < e->count; i++) {
+    double nll = 0;
+    for (int64_t t = i * T; t < (i + 1) * T - 1; t++) nll += (double)maximum[t] + log((double)sum[t]) - (double)target[t];
+    e->nll += nll / (double)(T - 1);
+  }
+  free(host);
+  return e->k->synchronize(e->k, error);
+}
+
+static void print_result(const struct evaluation *e, double perplexity, double seconds, double memory) {
+  const struct evaluate_options *options = e->options;
+  const char *quantized = options->quantized ? options->quantized : "full precision";
+  if (!options->json) {
+    printf("perplexity %.4f  (%s, %d windows of %d tokens, %.1f s, peak memory %.0f MiB a rank)\n", perplexity, quantized, e->windows,
+           options->seqlen, seconds, memory);
+    return;
+  }
+  json_t *object = json_pack("{s:f, s:s, s:s?, s:i, s:i, s:I, s:i, s:f, s:f}", "perplexity", perplexity, "model", options->model,
+                             "quantized", options->quantized, "windows", e->windows, "seqlen", options->seqlen, "offset",
+                             (json_int_t)options->offset, "ranks", e->world->size, "seconds", seconds, "peak_rss_mib", memory);
+  if (object) json_dumpf(object, stdout, JSON_INDENT(2));
+  printf("\n");
+  json_decref(object);
+}
+
+static int evaluate_all(struct evaluation *e, struct error *error) {
+  double begin = now();
+  if (e->world->rank == 0) open_files(e, error);
+  if (world_agree(e->world, error)) return error->code;
+  world_broadcast(e->world, &e->model, sizeof e->model);
+  world_broadcast(e->world, &e->windows, sizeof e->windows);
+  open_work(e, error);
+  if (world_agree(e->world, error)) return error->code;
+  struct feed feed = {e->world, e->k, &e->model, e->tokens, e->checkpoint, e->options->seqlen, e->windows, e->start, window_owner, e};
+  if (feed_embed(&feed, e->x, e->ids, error)) return error->code;
+  start_entropy(e, error);
+  if (world_agree(e->world, error)) return error->code;
+  stream_start(e->stream);
+  for (int i = 0; i < e->model.blocks; i++)
+    if (pass_block(e, error)) return error->code;
+  if (pass_final_norm(e, error)) return error->code;
+  for (int64_t first = 0; first < e->model.vocabulary; first += e->piece) {
+    int64_t left = e->model.vocabulary - first;
+    if (pass_head_piece(e, first, left < e->piece ? left : e->piece, error)) return error->code;
+  }
+  sum_entropy(e, error);
+  if (world_agree(e->world, error)) return error->code;
+  double perplexity = exp(world_sum(e->world, e->nll) / e->windows);
+  struct rusage usage;
+  getrusage(RUSAGE_SELF, &usage);
+  double memory = world_max(e->world, (double)usage.ru_maxrss / 1024);
+  if (e->world->rank == 0) print_result(e, perplexity, now() - begin, memory);
+  return 0;
+}
+
+int evaluate(struct world *world, const struct evaluate_options *options, struct error *error) {
+  struct evaluation evaluation = {.world = world, .options = options};
+  evaluate_all(&evaluation, error);
+  evaluation_free(&evaluation);
+  return world_agree(world, error);
+}

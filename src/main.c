@@ -1,0 +1,88 @@
+/* main.c: the subcommands, and what stands around each: arguments, MPI, the one error message and the exit status. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "arguments.h"
+#include "calibrate.h"
+#include "evaluate.h"
+#include "inspect.h"
+#include "recipe.h"
+#include "world.h"
+
+/* Only rank 0 needs to see the recipe file. */
+static int run_calibrate(struct world *world, const struct arguments *arguments, struct error *error) {
+  struct recipe recipe;
+  recipe_init(&recipe);
+  if (world->rank == 0) arguments_recipe(arguments, &recipe, error);
+  if (world_agree(world, error)) return error->code;
+  world_broadcast(world, &recipe, sizeof recipe);
+  return calibrate(world, &arguments->calibrate, &recipe, error);
+}
+
+static int run_eval(struct world *world, const struct arguments *arguments, struct error *error) {
+  return evaluate(world, &arguments->evaluate, error);
+}
+
+static int run_inspect(struct world *world, const struct arguments *arguments, struct error *error) {
+  (void)world;
+  return inspect(arguments->store, arguments->json, error);
+}
+
+static const struct command commands[] = {
+    {"calibrate", "quantize a model and store it", true, arguments_calibrate, run_calibrate},
+    {"eval", "measure the perplexity of a model, quantized or not", true, arguments_eval, run_eval},
+    {"inspect", "show what a quantized model holds", false, arguments_inspect, run_inspect},
+    {0},
+};
+
+/* This process's rank as its launcher put it into the environment, known before MPI starts; -1 without a launcher. */
+static int launcher_rank(void) {
+  static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID"};
+  for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) {
+    const char *value = getenv(variables[i]);
+    if (value != NULL && *value != '\0') return atoi(value);
+  }
+  return -1;
+}
+
+/* Ends the program's output. Returns the exit status. */
+static int report(int rank, struct error *error) {
+  if (rank > 0) return error->code;
+  if (fflush(stdout) != 0 || ferror(stdout)) error_set(error, ERROR_WORK, "standard output: %s", strerror(errno));
+  if (error->code != 0) fprintf(stderr, "omniquant: %s\n", error->message);
+  return error->code;
+}
+
+/* Runs under MPI, also to fail: a rank that ended alone would make the launcher kill rank 0 before it could say why. */
+static int run_collective(const struct command *command, const struct arguments *arguments, int *argc, char ***argv, struct error *error) {
+  struct world world = {0};
+  struct error start = {0};
+  if (world_init(&world, argc, argv, &start)) return report(launcher_rank(), error->code != 0 ? error : &start);
+  if (error->code == 0) command->run(&world, arguments, error);
+  int code = report(world.rank, error);
+  world_finalize(&world);
+  return code;
+}
+
+int main(int argc, char **argv) {
+  int rank = launcher_rank();
+  struct error error = {0};
+  struct arguments arguments = {.quiet = rank > 0};
+  const struct command *command;
+  arguments_parse(&arguments, commands, argc, argv, &command, &error);
+
+  bool failed = error.code != 0, alone = command != NULL && !command->collective;
+  int code;
+  if (arguments.answered || (failed && rank < 0)) {
+    code = report(rank, &error); /* at once, without MPI */
+  } else if (alone) {
+    if (rank <= 0) command->run(NULL, &arguments, &error);
+    code = report(rank, &error);
+  } else {
+    code = run_collective(command, &arguments, &argc, &argv, &error);
+  }
+  arguments_free(&arguments);
+  return code;
+}

@@ -1,0 +1,54 @@
+/* writer.c: one thread a block; at most one block is being written. */
+#include "writer.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+struct writer {
+  struct store *store;
+  bool busy;
+  pthread_t thread;
+  struct block_record record; /* the thread's while busy */
+  struct error error;
+};
+
+int writer_open(struct store *store, struct writer **writer, struct error *error) {
+  *writer = calloc(1, sizeof **writer);
+  if (!*writer) return error_set(error, ERROR_WORK, "out of memory for the block writer");
+  (*writer)->store = store;
+  return 0;
+}
+
+static void *writer_main(void *argument) {
+  struct writer *writer = argument;
+  store_write_block(writer->store, &writer->record, &writer->error);
+  block_record_free(&writer->record);
+  return NULL;
+}
+
+static int writer_wait(struct writer *writer, struct error *error) {
+  if (writer->busy) pthread_join(writer->thread, NULL);
+  writer->busy = false;
+  return writer->error.code ? error_set(error, writer->error.code, "%s", writer->error.message) : 0;
+}
+
+int writer_submit(struct writer *writer, struct block_record *record, struct error *error) {
+  if (!writer) return 0;
+  if (writer_wait(writer, error)) {
+    block_record_free(record);
+    return error->code;
+  }
+  writer->record = *record;
+  *record = (struct block_record){0};
+  writer->busy = pthread_create(&writer->thread, NULL, writer_main, writer) == 0;
+  if (writer->busy) return 0;
+  block_record_free(&writer->record);
+  return error_set(error, ERROR_WORK, "no thread for the block writer");
+}
+
+int writer_close(struct writer *writer, struct error *error) {
+  if (!writer) return 0;
+  int code = writer_wait(writer, error);
+  free(writer);
+  return code;
+}

@@ -1,0 +1,133 @@
+/* test_inspect.c: what inspect prints of a store with a block missing, losses not measured and two kinds of groups; bits a weight are
+ * checked against counting by hand. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "inspect.h"
+#include "store.h"
+
+static char folder[] = "/tmp/omniquant-inspect-XXXXXX";
+
+/* Writes block `index` with one linear of 2 rows by 10 columns: 3 bits in groups of 4 (the last short), or 4 bits per channel. */
+static void write_block(struct store *store, int index, bool grouped) {
+  static uint8_t codes[2 * 5], zero_point[2 * 3];
+  static uint16_t scale[2 * 3];
+  struct quantized_linear linear = {.name = "mlp.up_proj",
+                                    .out_features = 2,
+                                    .in_features = 10,
+                                    .bits = grouped ? 3 : 4,
+                                    .group_size = grouped ? 4 : 10,
+                                    .codes = codes,
+                                    .scale = scale,
+                                    .zero_point = zero_point};
+  struct block_record record = {.index = index,
+                                .loss_rtn = 0.25,
+                                .loss_start = grouped ? 0.125 : NAN,
+                                .loss_end = grouped ? 0.0625 : NAN,
+                                .kept = "rtn",
+                                .skipped_steps = grouped ? 3 : 0,
+                                .seconds = 1.5,
+                                .world_size = 2,
+                                .linears = 1,
+                                .linear = &linear};
+  struct error error = {0};
+  if (store_write_block(store, &record, &error)) fail_msg("%s", error.message);
+}
+
+/* A model of 3 blocks of which 0 and 2 are stored. */
+static int make_store(void **state) {
+  (void)state;
+  struct store_info info = {.model_type = "llama", .recipe = "{\"wbits\": 3, \"lwc_lr\": 0.01, \"sampling\": \"random\"}", .blocks = 3};
+  struct store *store;
+  struct error error = {0};
+  info.model_config = "{}";
+  memset(info.tokens_sha256, 'a', 64);
+  if (mkdtemp(folder) == NULL || store_create(folder, &info, &store, &error)) return -1;
+  write_block(store, 0, true);
+  write_block(store, 2, false);
+  return store_close(store, &error);
+}
+
+static int remove_store(void **state) {
+  (void)state;
+  char command[100];
+  snprintf(command, sizeof command, "rm -r %s", folder);
+  return system(command);
+}
+
+/* What inspect prints; freed by the caller. */
+static char *inspected(bool json) {
+  char *text = NULL;
+  size_t bytes;
+  FILE *terminal = stdout;
+  struct error error = {0};
+  stdout = open_memstream(&text, &bytes);
+  inspect(folder, json, &error);
+  fclose(stdout);
+  stdout = terminal;
+  if (error.code != 0) fail_msg("%s", error.message);
+  return text;
+}
+
+static void test_json(void **state) {
+  (void)state;
+  char *text = inspected(true);
+  json_t *object = json_loads(text, 0, NULL), *blocks = json_object_get(object, "blocks");
+  assert_non_null(object);
+  assert_string_equal(json_string_value(json_object_get(object, "model_type")), "llama");
+  assert_int_equal(json_integer_value(json_object_get(json_object_get(object, "recipe"), "wbits")), 3);
+  assert_int_equal(json_integer_value(json_object_get(object, "blocks_of_model")), 3);
+  assert_int_equal(json_integer_value(json_object_get(object, "blocks_stored")), 2);
+  assert_int_equal(json_integer_value(json_object_get(object, "weights")), 40);
+  assert_true(json_real_value(json_object_get(object, "seconds")) == 3);
+  assert_int_equal(json_array_size(blocks), 2);
+  json_t *first = json_array_get(blocks, 0), *second = json_array_get(blocks, 1);
+  /* A row of 10 codes of 3 bits is 4 bytes, with 3 groups of 24 bits; of 4 bits 5 bytes, with one group. */
+  assert_true(fabs(json_real_value(json_object_get(first, "bits_a_weight")) - (32 + 3 * 24) / 10.0) < 1e-6);
+  assert_true(fabs(json_real_value(json_object_get(second, "bits_a_weight")) - (40 + 24) / 10.0) < 1e-6);
+  assert_true(fabs(json_real_value(json_object_get(object, "bits_a_weight")) - (104 + 64) / 20.0) < 1e-6);
+  assert_true(json_real_value(json_object_get(first, "loss_end")) == 0.0625);
+  assert_int_equal(json_integer_value(json_object_get(first, "skipped_steps")), 3);
+  assert_int_equal(json_integer_value(json_object_get(second, "index")), 2);
+  assert_true(json_is_null(json_object_get(second, "loss_end")));
+  assert_string_equal(json_string_value(json_object_get(second, "kept")), "rtn");
+  assert_int_equal(strcspn(text, "\n") + 1, strlen(text)); /* one line */
+  json_decref(object);
+  free(text);
+}
+
+static void test_table(void **state) {
+  (void)state;
+  char *text = inspected(false);
+  const char *expected = "model   llama, 3 blocks\n"
+                         "recipe  wbits 3  lwc_lr 0.01  sampling random\n"
+                         "tokens  SHA-256 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n\n"
+                         "block   loss rtn loss start   loss end  kept  skipped  bits a weight  seconds\n"
+                         "    0       0.25      0.125     0.0625  rtn         3        10.4000      1.5\n"
+                         "    2       0.25          -          -  rtn         0         6.4000      1.5\n\n"
+                         "2 of 3 blocks, 40 weights of 8.4000 bits, 3.0 s\n";
+  assert_string_equal(text, expected);
+  free(text);
+}
+
+static void test_no_store(void **state) {
+  (void)state;
+  struct error error = {0};
+  assert_int_equal(inspect("no-such-folder", false, &error), ERROR_INPUT);
+  assert_non_null(strstr(error.message, "no-such-folder"));
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_json), cmocka_unit_test(test_table), cmocka_unit_test(test_no_store)};
+  return cmocka_run_group_tests(tests, make_store, remove_store);
+}
