@@ -128,11 +128,11 @@ static void group_close(struct group *group) {
 /* ---- running argp ---- */
 
 /* Takes the first line of what argp said, without the program's name before it, as the one message. */
-static void take_message(struct error *error, const char *said, const char *program) {
+static void take_message(struct error *error, char *said, const char *program) {
   size_t prefix = strlen(program);
   if (strncmp(said, program, prefix) == 0 && strncmp(said + prefix, ": ", 2) == 0) said += prefix + 2;
-  int length = (int)strcspn(said, "\n");
-  error_set(error, ERROR_INPUT, "%.*s; see '%s --help'", length, length > 0 ? said : "wrong usage", program);
+  said[strcspn(said, "\n")] = '\0';
+  error_set(error, ERROR_INPUT, "%s; see '%s --help'", *said != '\0' ? printable(said).text : "wrong usage", program);
 }
 
 /* Runs argp over one level of the command line. */

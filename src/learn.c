@@ -193,24 +193,32 @@ static void close_epoch(struct learner *l, int index, int epoch) {
   l->k->download(l->k, host, l->step_loss + (size_t)epoch * (size_t)l->shard->steps, (size_t)l->shard->steps * sizeof(float));
   for (int i = 0; i < l->shard->steps; i++) total += host[i];
   l->epoch_loss[epoch] = (float)(total / l->shard->samples);
-  progress_epoch(l->progress, index, epoch, l->recipe->epochs, l->epoch_loss[epoch]);
+  progress_epoch(l->progress, index, epoch + 1, l->recipe->epochs, l->epoch_loss[epoch]);
+}
+
+void learner_begin(struct learner *l) {
+  size_t bytes = 2 * (size_t)l->lwc->groups * sizeof(float);
+  l->k->clear(l->k, l->m, bytes);
+  l->k->clear(l->k, l->v, bytes);
+  l->k->clear(l->k, l->state, sizeof *l->state);
+}
+
+void learner_step(struct learner *l, int step, int steps) {
+  int64_t count = 2 * l->lwc->groups;
+  int in_epoch = step % l->shard->steps;
+  struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
+  lwc_quantize(l->lwc, l->block, l->lwc->factor, false);
+  shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, count + 1);
+  l->k->copy(l->k, l->step_loss + step, l->gradient + count, sizeof(float));
+  update(l, step, steps);
 }
 
 static void train(struct learner *l, int index) {
-  struct kernels *k = l->k;
-  int64_t count = 2 * l->lwc->groups;
   int steps = l->recipe->epochs * l->shard->steps;
-  k->clear(k, l->m, (size_t)count * sizeof(float));
-  k->clear(k, l->v, (size_t)count * sizeof(float));
-  k->clear(k, l->state, sizeof *l->state);
+  learner_begin(l);
   for (int step = 0; step < steps; step++) {
-    int in_epoch = step % l->shard->steps;
-    struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
-    lwc_quantize(l->lwc, l->block, l->lwc->factor, false);
-    shard_step_sum(l->shard, in_epoch, sample_gradient, &context, k, l->world, l->gradient, l->scratch, count + 1);
-    k->copy(k, l->step_loss + step, l->gradient + count, sizeof(float));
-    update(l, step, steps);
-    if (in_epoch == l->shard->steps - 1) close_epoch(l, index, step / l->shard->steps);
+    learner_step(l, step, steps);
+    if ((step + 1) % l->shard->steps == 0) close_epoch(l, index, step / l->shard->steps);
   }
 }
 

@@ -58,6 +58,11 @@ int learner_run(struct learner *learner, int index, struct outcome *outcome, str
 /* Factors that the latest block was quantized with, [2 * groups], device memory; NULL for rounded to nearest. */
 const float *learner_factors(const struct learner *learner, const struct outcome *outcome);
 
+/* The pieces of training, which learner_run puts together: a fresh optimizer, and one step of it: weights quantized with the factors,
+ * forward and backward of the step's samples, gradients summed over the ranks, factors moved. Collective. */
+void learner_begin(struct learner *learner);
+void learner_step(struct learner *learner, int step, int steps /* of the whole training */);
+
 /* Both streams through the block in full precision, without learning. */
 void learner_pass(struct learner *learner);
 

@@ -61,6 +61,7 @@ refused "a subcommand is missing; 'omniquant --help' lists them"
 refused "'quantize' is not a subcommand; 'omniquant --help' lists them" quantize
 refused "unrecognized option '--model'; see 'omniquant --help'" --model m calibrate
 refused "unrecognized option '--wbit-s'; see 'omniquant calibrate --help'" calibrate --wbit-s 4
+refused "unrecognized option '--a?b'; see 'omniquant calibrate --help'" calibrate $'--a\tb'
 refused "option '--tokens' requires an argument; see 'omniquant calibrate --help'" calibrate --model m --tokens
 refused "option '--no-lwc' doesn't allow an argument; see 'omniquant calibrate --help'" calibrate --no-lwc=1
 refused "--model DIR is missing: checkpoint folder with config.json and *.safetensors" calibrate --tokens t --output o

@@ -82,7 +82,7 @@ def hf_name(name):
 
 
 def unpermute(weight, heads):
-    """Undoes llama.cpp's order of rows, where a head's rotary pairs are neighbours: its row (h, 2i + j) is row (h, j * head_dim / 2 + i) here."""
+    """Undoes llama.cpp's order of rows, which makes a head's rotary pairs neighbours: its row (h, 2i + j) is our (h, j * hd / 2 + i)."""
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -138,7 +138,8 @@ def convert_tokenizer(field):
     ])
     tokenizer.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
     types = field("tokenizer.ggml.token_type")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token, kind in zip(tokens, types) if kind == CONTROL])
+    control = [token for token, kind in zip(tokens, types) if kind == CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return tokenizer
 
 
@@ -197,7 +198,7 @@ def main():
     except Failure as failure:
         print(f"demo_model.py: {failure}", file=sys.stderr)
     except OSError as error:
-        print(f"demo_model.py: {error.filename or output}: {error.strerror or error}; see that it exists and can be written", file=sys.stderr)
+        print(f"demo_model.py: {error.filename or output}: {error.strerror or error}; check the path and its permissions", file=sys.stderr)
     return 2
 
 

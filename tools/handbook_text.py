@@ -113,7 +113,8 @@ def main():
     except Failure as failure:
         print(f"handbook_text.py: {failure}", file=sys.stderr)
     except OSError as error:
-        print(f"handbook_text.py: {error.filename or output}: {error.strerror or error}; check the path and its permissions", file=sys.stderr)
+        path, reason = error.filename or output, error.strerror or error
+        print(f"handbook_text.py: {path}: {reason}; check the path and its permissions", file=sys.stderr)
     return 2
 
 

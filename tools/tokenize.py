@@ -154,8 +154,10 @@ def main():
     parser = argparse.ArgumentParser(description="Turn text into a token file for omniquant.")
     parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="model folder with tokenizer.json")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="token file to write (HDF5)")
-    parser.add_argument("--begin", type=position, default=(0, False), metavar="N|P%", help="first token kept, counted or as a share (default 0)")
-    parser.add_argument("--end", type=position, default=(Fraction(1), True), metavar="N|P%", help="end of the tokens kept (default 100%%)")
+    parser.add_argument("--begin", type=position, default=(0, False), metavar="N|P%",
+                        help="first token kept, counted or as a share (default 0)")
+    parser.add_argument("--end", type=position, default=(Fraction(1), True), metavar="N|P%",
+                        help="end of the tokens kept (default 100%%)")
     parser.add_argument("text", nargs="+", type=Path, metavar="TEXT", help="UTF-8 text; several are joined")
     arguments = parser.parse_args()
     try:
