@@ -4,7 +4,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "hdf5_util.h"
 #include "printable.h"
@@ -186,13 +185,15 @@ static int block_write(const struct hdf5_site *site, hid_t file, const struct bl
 
 int block_file_write(const char *path, const struct block_record *record, struct error *error) {
   struct hdf5_site site = {path, error};
+  struct hdf5_image image = {0};
   if (record_check(&site, record)) return error->code;
   hdf5_enter();
-  hid_t file = hdf5_create(&site);
+  hid_t file = hdf5_create(&site, &image);
   int failed = file < 0 ? error->code : block_write(&site, file, record);
-  if (file >= 0 && hdf5_finish(&site, file)) failed = error->code;
+  if (file >= 0 && hdf5_finish(&site, file, &image)) failed = error->code;
   hdf5_leave();
-  if (failed) unlink(path);
+  if (!failed) failed = hdf5_image_write(&site, &image);
+  free(image.bytes);
   return failed;
 }
 

@@ -5,7 +5,7 @@
 #include "error.h"
 #include "store.h"
 
-/* Writes the file, over an old one, and closes it; it is not synced to disk. On failure (ERROR_WORK) nothing is left at `path`. */
+/* Writes the file, over an old one, and waits until it is on the disk. On failure (ERROR_WORK) nothing is left at `path`. */
 int block_file_write(const char *path, const struct block_record *record, struct error *error);
 
 /* Reads the file of block `index`, every checksum, shape and number checked; nothing larger than the file is allocated.

@@ -2,13 +2,20 @@
 #include "hdf5_util.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "printable.h"
+
+enum {
+  MAX_TEXT_BYTES = 1 << 24, /* of an attribute */
+  GROWTH_BYTES = 1 << 22    /* by which a file in memory grows */
+};
 
 #ifndef H5_HAVE_THREADSAFE
 #include <pthread.h>
@@ -85,9 +92,38 @@ hid_t hdf5_open(const struct hdf5_site *site, int64_t *bytes) {
   return file;
 }
 
-hid_t hdf5_create(const struct hdf5_site *site) {
+/* Callbacks of HDF5's memory driver, by which the file's bytes stay ours when it is closed: no second copy of a large block. */
+static void *image_grow(void *bytes, size_t length, H5FD_file_image_op_t operation, void *image) {
+  (void)operation, (void)image;
+  return realloc(bytes, length);
+}
+
+static herr_t image_keep(void *bytes, H5FD_file_image_op_t operation, void *data) {
+  struct hdf5_image *image = data;
+  if (operation == H5FD_FILE_IMAGE_OP_FILE_CLOSE) {
+    image->bytes = bytes;
+  } else {
+    free(bytes);
+  }
+  return 0;
+}
+
+static void *image_same(void *image) {
+  return image;
+}
+
+static herr_t image_leave(void *image) {
+  (void)image;
+  return 0;
+}
+
+hid_t hdf5_create(const struct hdf5_site *site, struct hdf5_image *image) {
+  H5FD_file_image_callbacks_t callbacks = {
+      .image_realloc = image_grow, .image_free = image_keep, .udata_copy = image_same, .udata_free = image_leave, .udata = image};
   hid_t access = access_make(), file = -1;
-  if (access >= 0 && H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0) {
+  *image = (struct hdf5_image){0};
+  if (access >= 0 && H5Pset_fapl_core(access, GROWTH_BYTES, false) >= 0 && H5Pset_file_image_callbacks(access, &callbacks) >= 0 &&
+      H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0) {
     file = H5Fcreate(site->path, H5F_ACC_TRUNC, H5P_DEFAULT, access);
   }
   if (file < 0) hdf5_write_failed(site, NULL);
@@ -95,13 +131,30 @@ hid_t hdf5_create(const struct hdf5_site *site) {
   return file;
 }
 
-int hdf5_finish(const struct hdf5_site *site, hid_t file) {
-  if (H5Fflush(file, H5F_SCOPE_LOCAL) < 0) {
-    hdf5_write_failed(site, NULL);
-    H5Fclose(file);
-    return site->error->code;
+int hdf5_finish(const struct hdf5_site *site, hid_t file, struct hdf5_image *image) {
+  int failed = 0;
+  ssize_t length = H5Fflush(file, H5F_SCOPE_LOCAL) < 0 ? -1 : H5Fget_file_image(file, NULL, 0);
+  if (length <= 0) failed = hdf5_write_failed(site, NULL);
+  if (H5Fclose(file) < 0 && !failed) failed = hdf5_write_failed(site, NULL);
+  image->length = failed ? 0 : (size_t)length;
+  return failed;
+}
+
+int hdf5_image_write(const struct hdf5_site *site, const struct hdf5_image *image) {
+  size_t done = 0;
+  int fd = open(site->path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), failed = fd < 0;
+  while (!failed && done < image->length) {
+    ssize_t written = write(fd, (const char *)image->bytes + done, image->length - done);
+    if (written > 0) done += (size_t)written;
+    failed = written == 0 || (written < 0 && errno != EINTR);
   }
-  return H5Fclose(file) < 0 ? hdf5_write_failed(site, NULL) : 0;
+  failed = failed || fsync(fd) != 0;
+  if (failed) failed = error_set(site->error, ERROR_WORK, "%s: cannot be written: %s", site->path, strerror(errno));
+  if (fd >= 0 && close(fd) != 0 && !failed) {
+    failed = error_set(site->error, ERROR_WORK, "%s: cannot be written: %s", site->path, strerror(errno));
+  }
+  if (failed) unlink(site->path);
+  return failed;
 }
 
 void hdf5_close(hid_t id) {
@@ -135,10 +188,12 @@ int hdf5_write_real(const struct hdf5_site *site, hid_t base, const char *where,
   return attribute_write(site, base, where, name, H5T_IEEE_F64LE, H5T_NATIVE_DOUBLE, &value);
 }
 
+/* Text has a fixed length: HDF5 keeps variable-length strings in a heap without checksums, where one damaged byte can send it into an
+ * endless loop. */
 int hdf5_write_text(const struct hdf5_site *site, hid_t base, const char *where, const char *name, const char *value) {
   hid_t type = H5Tcopy(H5T_C_S1);
-  int failed = type < 0 || H5Tset_size(type, H5T_VARIABLE) < 0 || H5Tset_cset(type, H5T_CSET_UTF8) < 0;
-  failed = failed ? hdf5_write_failed(site, name) : attribute_write(site, base, where, name, type, type, &value);
+  int failed = type < 0 || H5Tset_size(type, strlen(value) + 1) < 0 || H5Tset_cset(type, H5T_CSET_UTF8) < 0;
+  failed = failed ? hdf5_write_failed(site, name) : attribute_write(site, base, where, name, type, type, value);
   hdf5_close(type);
   return failed;
 }
@@ -156,7 +211,7 @@ static hid_t attribute_open(const struct hdf5_site *site, hid_t base, const char
   *type = H5Aget_type(attribute);
   space = H5Aget_space(attribute);
   bool good = *type >= 0 && space >= 0 && H5Sget_simple_extent_type(space) == H5S_SCALAR && H5Tget_class(*type) == wanted &&
-              (wanted == H5T_STRING ? H5Tis_variable_str(*type) > 0 : H5Tget_size(*type) <= 8);
+              (wanted == H5T_STRING ? H5Tis_variable_str(*type) == 0 && H5Tget_size(*type) <= MAX_TEXT_BYTES : H5Tget_size(*type) <= 8);
   hdf5_close(space);
   if (good) return attribute;
   error_set(site->error, ERROR_INPUT, "%s: %s: is of another type than this program writes", site->path, label.text);
@@ -188,19 +243,22 @@ int hdf5_read_real(const struct hdf5_site *site, hid_t base, const char *where, 
 }
 
 int hdf5_read_text(const struct hdf5_site *site, hid_t base, const char *where, const char *name, char **value) {
-  char *text = NULL;
   hid_t type, attribute = attribute_open(site, base, where, name, H5T_STRING, &type);
   int failed = 0;
   *value = NULL;
   if (attribute < 0) return site->error->code;
-  if (H5Aread(attribute, type, &text) < 0) {
+  char *text = calloc(H5Tget_size(type) + 1, 1); /* with an end, whether or not the file has one */
+  if (!text) {
+    failed = error_set(site->error, ERROR_WORK, "%s: out of memory", site->path);
+  } else if (H5Aread(attribute, type, text) < 0) {
     failed = hdf5_read_failed(site, attribute_name(where, name).text);
-  } else {
-    *value = strdup(text ? text : "");
-    if (!*value) failed = error_set(site->error, ERROR_WORK, "%s: out of memory", site->path);
-    H5free_memory(text);
   }
   hdf5_close(type);
   hdf5_close(attribute);
-  return failed;
+  if (failed) {
+    free(text);
+    return failed;
+  }
+  *value = text;
+  return 0;
 }

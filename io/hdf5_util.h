@@ -3,6 +3,7 @@
 #define OMNIQUANT_HDF5_UTIL_H
 
 #include <hdf5.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "error.h"
@@ -19,23 +20,33 @@ struct hdf5_site {
 };
 
 /* Set the error after a failed HDF5 call, with the reason on HDF5's error stack, so before any further call (closing too).
- * `object` names the dataset or attribute; NULL for the file itself. Return the error code: ERROR_WORK for writing, ERROR_INPUT for reading. */
+ * `object` names the dataset or attribute; NULL for the file itself. Return the code: ERROR_WORK for writing, ERROR_INPUT for reading. */
 int hdf5_write_failed(const struct hdf5_site *site, const char *object);
 int hdf5_read_failed(const struct hdf5_site *site, const char *object);
 
 /* Opens a regular file to read; negative with the error set (ERROR_INPUT) if it is not there or not HDF5. */
 hid_t hdf5_open(const struct hdf5_site *site, int64_t *bytes /* receives the file's size */);
 
-/* Creates a file, over an old one, in the format whose metadata carries checksums; negative with the error set on failure. */
-hid_t hdf5_create(const struct hdf5_site *site);
+/* A file is made in memory and written by ourselves: HDF5 cannot close a file whose disk is full, and crashes at exit for it. */
+struct hdf5_image {
+  void *bytes; /* freed by the caller */
+  size_t length;
+};
 
-/* Flushes and closes a file that was created. */
-int hdf5_finish(const struct hdf5_site *site, hid_t file);
+/* Creates a file in the format whose metadata carries checksums; negative with the error set on failure. */
+hid_t hdf5_create(const struct hdf5_site *site, struct hdf5_image *image /* filled by hdf5_finish, must live until then */);
+
+/* Closes a file that was created, and gives its bytes to the image. */
+int hdf5_finish(const struct hdf5_site *site, hid_t file, struct hdf5_image *image);
+
+/* Writes the bytes to site->path, over an old file, and waits until they are on the disk. On failure (ERROR_WORK) no file is left. Not an
+ * HDF5 call: other threads need not be kept waiting for it. */
+int hdf5_image_write(const struct hdf5_site *site, const struct hdf5_image *image);
 
 /* Closes any identifier; negative ones, from calls that failed, are ignored. */
 void hdf5_close(hid_t id);
 
-/* Write a scalar attribute of the object `where`, a path from `base` ("." for base itself). Text is a variable-length UTF-8 string. */
+/* Write a scalar attribute of the object `where`, a path from `base` ("." for base itself). Text is a UTF-8 string of fixed length. */
 int hdf5_write_integer(const struct hdf5_site *site, hid_t base, const char *where, const char *name, int64_t value);
 int hdf5_write_real(const struct hdf5_site *site, hid_t base, const char *where, const char *name, double value);
 int hdf5_write_text(const struct hdf5_site *site, hid_t base, const char *where, const char *name, const char *value);

@@ -23,7 +23,8 @@ static const char FORMAT[] = "omniquant", MASTER[] = "omniquant.h5", BLOCK_GROUP
 struct store {
   char *folder;
   struct store_info info;
-  char *recipe, *model_config; /* what info points to */
+  char *recipe, *model_config;  /* what info points to */
+  bool created, folder_created; /* by store_create: the master file, and the folder */
 };
 
 /* ---- names ---- */
@@ -49,23 +50,19 @@ static struct block_name block_name(int index) {
 
 /* ---- files ---- */
 
-/* Waits until a file's bytes, or a folder's names, are on the disk. Some file systems cannot sync a folder and say EINVAL. */
-static int path_sync(const char *path, int flags, struct error *error) {
-  int fd = open(path, flags | O_CLOEXEC), failed = fd < 0 || (fsync(fd) != 0 && !(flags & O_DIRECTORY && errno == EINVAL));
-  if (failed) failed = error_set(error, ERROR_WORK, "%s: cannot be written to disk: %s", path, strerror(errno));
+/* Gives a temporary file, which is on the disk by now, its name: a crash leaves either the old file or the whole new one. */
+static int file_commit(const char *temporary, const char *path, const char *folder, struct error *error) {
+  if (rename(temporary, path) != 0) {
+    error_set(error, ERROR_WORK, "%s: cannot be named: %s", path, strerror(errno));
+    unlink(temporary);
+    return error->code;
+  }
+  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC), failed = 0;
+  if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL)) { /* EINVAL: a file system that cannot sync folders */
+    failed = error_set(error, ERROR_WORK, "%s: cannot be written to disk: %s", folder, strerror(errno));
+  }
   if (fd >= 0) close(fd);
   return failed;
-}
-
-/* Gives a finished temporary file its name, in such order that a crash leaves either the old file or the whole new one. */
-static int file_commit(const char *temporary, const char *path, const char *folder, struct error *error) {
-  int failed = path_sync(temporary, O_RDWR, error);
-  if (!failed && rename(temporary, path) != 0) failed = error_set(error, ERROR_WORK, "%s: cannot be named: %s", path, strerror(errno));
-  if (failed) {
-    unlink(temporary);
-    return failed;
-  }
-  return path_sync(folder, O_RDONLY | O_DIRECTORY, error);
 }
 
 /* ---- the master file ---- */
@@ -123,20 +120,19 @@ static int links_write(const struct hdf5_site *site, hid_t file, const struct st
 static int master_write(const struct store *store, struct error *error) {
   char *path = path_join(store->folder, MASTER, error), *temporary = path_join(store->folder, "omniquant.h5.tmp", error);
   struct hdf5_site site = {temporary, error};
+  struct hdf5_image image = {0};
   int failed = error->code;
   if (failed) goto done;
   hdf5_enter();
-  hid_t file = hdf5_create(&site);
+  hid_t file = hdf5_create(&site, &image);
   failed = file < 0 ? error->code : info_write(&site, file, &store->info);
   if (!failed) failed = links_write(&site, file, store);
-  if (file >= 0 && hdf5_finish(&site, file)) failed = error->code;
+  if (file >= 0 && hdf5_finish(&site, file, &image)) failed = error->code;
   hdf5_leave();
-  if (failed) {
-    unlink(temporary);
-  } else {
-    failed = file_commit(temporary, path, store->folder, error);
-  }
+  if (!failed) failed = hdf5_image_write(&site, &image);
+  if (!failed) failed = file_commit(temporary, path, store->folder, error);
 done:
+  free(image.bytes);
   free(temporary);
   free(path);
   return failed;
@@ -278,9 +274,8 @@ static int folder_make(const char *folder, bool *made, struct error *error) {
 }
 
 static int store_begin(struct store *store, struct error *error) {
-  bool made = false;
   char *blocks = path_join(store->folder, "blocks", error);
-  int failed = blocks ? folder_make(store->folder, &made, error) : error->code;
+  int failed = blocks ? folder_make(store->folder, &store->folder_created, error) : error->code;
   if (!failed) failed = folder_check_empty(store->folder, error);
   if (failed) goto done;
   if (mkdir(blocks, 0777) != 0) { /* also decides between two that begin at once */
@@ -289,7 +284,8 @@ static int store_begin(struct store *store, struct error *error) {
     failed = master_write(store, error);
     if (failed) rmdir(blocks);
   }
-  if (failed && made) rmdir(store->folder);
+  if (failed && store->folder_created) rmdir(store->folder);
+  store->created = !failed;
 done:
   free(blocks);
   return failed;
@@ -387,6 +383,20 @@ int store_read_block(struct store *store, int index, struct block_record *record
   }
   free(path);
   return failed;
+}
+
+void store_abandon(const struct store *store) {
+  struct error ignored = {0};
+  if (!store || !store->created) return;
+  for (int i = 0; i < store->info.blocks; i++)
+    if (store_has_block(store, i)) return;
+  char *blocks = path_join(store->folder, "blocks", &ignored), *master = path_join(store->folder, MASTER, &ignored);
+  if (blocks && master && rmdir(blocks) == 0) {
+    unlink(master);
+    if (store->folder_created) rmdir(store->folder);
+  }
+  free(master);
+  free(blocks);
 }
 
 /* Nothing waits to be flushed: every write was synced before it was reported as done. */

@@ -66,7 +66,8 @@ struct store_info {
 struct store; /* an open store */
 
 /* Makes OUT, OUT/blocks and OUT/omniquant.h5 for a new run. ERROR_INPUT if OUT holds another run or anything else than an empty
- * folder (nothing of it is touched), or cannot be written. *store is NULL on failure. */
+ * folder (nothing of it is touched), cannot be made, or if `info` is not fit to be stored; ERROR_WORK if the disk is full. A folder that
+ * was made for it is removed again. *store is NULL on failure. */
 int store_create(const char *folder, const struct store_info *info, struct store **store, struct error *error);
 
 /* Opens a store to read. ERROR_INPUT if it is not one, is of an unknown version, or a link leads outside the folder. */
@@ -77,13 +78,19 @@ const struct store_info *store_info(const struct store *store);
 /* Whether block `index` is there, whole. */
 bool store_has_block(const struct store *store, int index);
 
-/* Writes one block: temporary file, flush, fsync, rename, fsync of the folder, then its link in the master file. ERROR_WORK on failure:
- * what was stored before stays whole. */
+/* Writes one block: temporary file, fsync, rename, fsync of the folder, then its link in the master file. The file is made in memory first,
+ * which takes as many bytes as the block's packed codes. ERROR_WORK on failure, also for a record that could not be read back (names,
+ * shapes, `kept`, a scale that is not finite, a zero point that is not a code): what was stored before stays whole. */
 int store_write_block(struct store *store, const struct block_record *record, struct error *error);
 
-/* Reads one block, checksums verified, shapes checked against each other. Errors name the file and the dataset. */
+/* Reads one block, checksums verified, shapes checked against each other; linears and arrays come in order of name. Errors name the file
+ * and the dataset. */
 int store_read_block(struct store *store, int index, struct block_record *record, /* receives the block, block_record_free */
                      struct error *error);
+
+/* Removes what store_create made if no block has been written since, so that a run that failed early can be tried again with the same
+ * folder. NULL is allowed; the store stays open. */
+void store_abandon(const struct store *store);
 
 /* Closes; NULL is allowed. Returns an error code if what was written could not be flushed. */
 int store_close(struct store *store, struct error *error);

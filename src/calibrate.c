@@ -352,6 +352,7 @@ static void run_free(struct run *run, struct error *error) {
   progress_close(run->progress);
   stream_close(run->stream);
   writer_close(run->writer, error);
+  if (error->code) store_abandon(run->store);
   store_close(run->store, error);
   tokens_close(run->tokens);
   checkpoint_close(run->checkpoint);

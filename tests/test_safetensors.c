@@ -285,13 +285,15 @@ static void no_changed_byte_leads_outside(void **state) {
   size_t length;
   volatile unsigned char sum = 0;
   unsigned char *bytes = scratch_read(path.text, &length);
+  FILE *file = fopen(path.text, "r+b");
+  assert_non_null(file);
+  setbuf(file, NULL);
   for (size_t i = 0; i < 8 + sizeof GOOD - 1; i++) {
-    unsigned char kept = bytes[i];
-    for (size_t change = 0; change < sizeof changes; change++) {
+    for (size_t change = 0; change <= sizeof changes; change++) {
       struct error error = {0};
       struct safetensors *checkpoint;
-      bytes[i] = changes[change];
-      scratch_write(path.text, bytes, length);
+      fseek(file, (long)i, SEEK_SET);
+      fputc(change < sizeof changes ? changes[change] : bytes[i], file); /* the last puts things right again */
       if (safetensors_open_file(path.text, &checkpoint, &error) == 0) {
         for (size_t t = 0; t < safetensors_count(checkpoint); t++) {
           const struct tensor *tensor = safetensors_at(checkpoint, t);
@@ -300,8 +302,8 @@ static void no_changed_byte_leads_outside(void **state) {
       }
       safetensors_close(checkpoint);
     }
-    bytes[i] = kept;
   }
+  fclose(file);
   free(bytes);
 }
 

@@ -43,13 +43,13 @@ static void adamw(struct kernels *k, float *x, float *m, float *v, const float *
                   const struct step_state *state) {
   (void)k;
   if (!state->finite) return;
-  const float b1 = 0.9f, b2 = 0.999f, eps = 1e-8f;
+  const float b1 = 0.9f, b2 = 0.999f, c1 = 0.1f, c2 = 0.001f, eps = 1e-8f; /* c = 1 - b, but 1 - 0.999f would be 1.3e-5 off */
   float size = (float)(lr / (1 - pow(0.9, state->taken)));
   float spread = (float)(1 / sqrt(1 - pow(0.999, state->taken)));
 #pragma omp parallel for simd schedule(static)
   for (int64_t i = 0; i < count; i++) {
-    m[i] = b1 * m[i] + (1 - b1) * gradient[i];
-    v[i] = b2 * v[i] + (1 - b2) * gradient[i] * gradient[i];
+    m[i] = b1 * m[i] + c1 * gradient[i];
+    v[i] = b2 * v[i] + c2 * gradient[i] * gradient[i];
     x[i] -= size * m[i] / (sqrtf(v[i]) * spread + eps);
   }
 }

@@ -1,0 +1,162 @@
+#!/bin/bash
+# bad_input.sh OMNIQUANT TEST_HELPER: every kind of bad input ends two ranks soon, with one line that names the file, the key and the mend,
+# exit status 2, and nothing left behind or touched.
+# shellcheck source=tests/common.bash
+. "$(dirname "$0")/common.bash"
+work=$(cd "$work" && pwd)
+tokens=$work/tokens.h5 recipe=$work/recipe.yaml out=$work/out
+sizes=(2 64 4 2 128 96 F32)
+most_seconds=5
+
+# What the program left in its temporary folder before it ended, and nothing else, tells whether it wrote.
+listing() { (cd "$out" 2>/dev/null && find . -type f -exec sha256sum {} + -o -print | sort); }
+
+# ends_well FILE KEY MEND COMMAND...: the checks on one run.
+ends_well() {
+  local file=$1 key=$2 mend=$3 before after started status message
+  shift 3
+  before=$(listing)
+  started=$EPOCHREALTIME
+  launch 2 "$@" >"$work/stdout" 2>"$work/stderr"
+  status=$?
+  awk -v a="$started" -v b="$EPOCHREALTIME" -v most=$most_seconds 'BEGIN { if (b - a > most) { print "took", b - a, "s"; exit 1 } }' || return
+  message=$(grep '^omniquant: ' "$work/stderr")
+  after=$(listing)
+  echo "$message"
+  [ $status = 2 ] || { echo "ended with $status" && cat "$work/stderr" && return 1; }
+  [ "$(wc -l <<<"$message")" = 1 ] || { echo "not one line" && return 1; }
+  [ -s "$work/stdout" ] && { echo "wrote on standard output" && return 1; }
+  for part in "$file" "$key" "$mend"; do
+    case $message in *"$part"*) ;; *) echo "does not say '$part'" && return 1 ;; esac
+  done
+  [ "$before" = "$after" ] || { echo "the output has changed: $after" && return 1; }
+}
+
+# calibrate_ends WHAT FILE KEY MEND FLAG...: of calibrate with a good model, tokens and settings but for the flags that follow.
+calibrate_ends() {
+  check "$1" ends_well "$2" "$3" "$4" calibrate --model "$work/model" --tokens "$tokens" --output "$out" --wbits 4 --group-size 32 --epochs 1 \
+    --batch 2 --samples 4 --seqlen 32 "${@:5}"
+  # The next case shall begin without it.
+  [ ! -e "$out/omniquant.h5" ] || rm -rf "$out"
+}
+
+# eval_ends WHAT FILE KEY MEND FLAG...
+eval_ends() {
+  check "$1" ends_well "$2" "$3" "$4" eval --model "$work/model" --tokens "$tokens" --seqlen 32 --windows 4 "${@:5}"
+}
+
+# damaged NAME: a copy of the model in $work/NAME, $weights and $config are its files.
+damaged() {
+  rm -rf "$work/damaged"
+  cp -R "$work/model" "$work/damaged"
+  weights=$work/damaged/model.safetensors config=$work/damaged/config.json
+}
+
+# edit_header SED: changes the header of $weights.
+edit_header() {
+  local before after
+  before=$("$helper" header "$weights")
+  after=$(sed -E "$1" <<<"$before")
+  [ "$before" != "$after" ] && "$helper" header "$weights" "$after"
+}
+
+"$helper" model "$work/model" "${sizes[@]}" && "$helper" tokens "$tokens" 400 96 1 || exit 1
+bad=(--model "$work/damaged")
+
+echo "# the model"
+calibrate_ends "no such folder" "$work/none/config.json" "No such file" "--model needs a folder" --model "$work/none"
+damaged
+echo "{" >"$config"
+calibrate_ends "config.json: not JSON" "$config" "" "" "${bad[@]}"
+damaged
+sed -i 's/"llama"/"gpt_next"/' "$config"
+calibrate_ends "config.json: unknown model_type" "$config" model_type "llama" "${bad[@]}"
+damaged
+sed -i '/"hidden_size"/d' "$config"
+calibrate_ends "config.json: a size is missing" "$config" hidden_size "" "${bad[@]}"
+damaged
+rm "$weights"
+calibrate_ends "safetensors: missing" "$work/damaged" model.safetensors "" "${bad[@]}"
+damaged
+truncate -s -100 "$weights"
+calibrate_ends "safetensors: truncated in the data" "$weights" "" "" "${bad[@]}"
+damaged
+truncate -s 100 "$weights"
+calibrate_ends "safetensors: truncated in the header" "$weights" "" "" "${bad[@]}"
+damaged
+truncate -s 0 "$weights"
+calibrate_ends "safetensors: empty" "$weights" "" "" "${bad[@]}"
+damaged
+edit_header 's/("lm_head.weight".*\[[0-9]+,)([0-9]+)\]/\19\2]/' || exit 1
+calibrate_ends "safetensors: offsets beyond the end" "$weights" lm_head.weight "" "${bad[@]}"
+damaged
+edit_header 's/("model.norm.weight"[^[]*\[64\],"data_offsets":\[)([0-9]+)/\10/' || exit 1
+calibrate_ends "safetensors: offsets that do not fit the shape" "$weights" model.norm.weight "" "${bad[@]}"
+damaged
+norm=$("$helper" header "$weights" | grep -o '"model.layers.0.input_layernorm.weight"[^}]*}' | grep -o 'data_offsets.*')
+edit_header "s/(\"model.layers.1.input_layernorm.weight\"[^}]*)data_offsets[^}]*\}/\1$norm/" || exit 1
+calibrate_ends "safetensors: overlapping tensors" "$weights" input_layernorm.weight "" "${bad[@]}"
+damaged
+edit_header 's/model.layers.1.mlp.down_proj.weight/model.layers.1.mlp.down_proj.other/' || exit 1
+calibrate_ends "safetensors: missing tensor" "$weights" model.layers.1.mlp.down_proj.weight "" "${bad[@]}"
+damaged
+edit_header 's/("model.layers.1.mlp.up_proj.weight":\{"dtype":)"F32"/\1"I32"/' || exit 1
+calibrate_ends "safetensors: wrong type" "$weights" model.layers.1.mlp.up_proj.weight "convert" "${bad[@]}"
+damaged
+edit_header 's/("model.layers.1.mlp.up_proj.weight":\{"dtype":"F32","shape":)\[128,64\]/\1[64,128]/' || exit 1
+calibrate_ends "safetensors: wrong shape" "$weights" model.layers.1.mlp.up_proj.weight "[128, 64]" "${bad[@]}"
+for tensor in model.embed_tokens model.layers.0.input_layernorm model.layers.0.mlp.up_proj; do
+  damaged
+  "$helper" nan "$weights" $tensor.weight || exit 1
+  calibrate_ends "safetensors: NaN in $tensor" "$weights" "$tensor.weight" "download it again" "${bad[@]}"
+  eval_ends "safetensors: NaN in $tensor, eval" "$weights" "$tensor.weight" "download it again" "${bad[@]}"
+done
+
+echo "# the tokens"
+calibrate_ends "tokens: no such file" "$work/none.h5" "No such file" "" --tokens "$work/none.h5"
+calibrate_ends "tokens: not HDF5" "$work/model/config.json" "" "" --tokens "$work/model/config.json"
+"$helper" tokens "$work/large.h5" 400 97 1
+calibrate_ends "tokens: an id beyond the vocabulary" "$work/large.h5" "96" "" --tokens "$work/large.h5" --sampling sequential --samples 12
+eval_ends "tokens: an id beyond the vocabulary, eval" "$work/large.h5" "96" "" --tokens "$work/large.h5" --windows 12
+calibrate_ends "tokens: too few" "$tokens" tokens "--samples" --sampling sequential --samples 13
+calibrate_ends "tokens: too few for one" "$tokens" tokens "--seqlen" --seqlen 401
+eval_ends "tokens: too few, eval" "$tokens" tokens "--windows" --windows 13
+
+echo "# the recipe"
+calibrate_ends "recipe: no such file" "$recipe" "No such file" "" --config "$recipe"
+printf 'wbits: 3\n# a comment\ngroupsize: 64\n' >"$recipe"
+calibrate_ends "recipe: unknown key" "$recipe:3" groupsize "group_size" --config "$recipe"
+printf 'wbits: 9\n' >"$recipe"
+calibrate_ends "recipe: value out of range" "$recipe:1" wbits "2..8" --config "$recipe"
+printf 'group_size: 64\nlwc_lr: fast\n' >"$recipe"
+calibrate_ends "recipe: not a number" "$recipe:2" lwc_lr "fast" --config "$recipe"
+calibrate_ends "recipe: batch above samples" batch "5" "raise samples" --batch 5
+calibrate_ends "blocks that the model has not" "--blocks" "1:3" "0 to 1" --blocks 1:3
+
+echo "# the output"
+touch "$work/file"
+calibrate_ends "output: below a regular file" "$work/file" "Not a directory" "choose another --output" --output "$work/file/a/b"
+calibrate_ends "output: a regular file" "$work/file" "" "choose another --output" --output "$work/file"
+[ ! -d /proc/1 ] || calibrate_ends "output: where nothing can be made" "/proc/omniquant" "" "choose another --output" --output /proc/omniquant/a
+mkdir "$out" && echo "mine" >"$out/file"
+calibrate_ends "output: holds another's file" "$out" "not empty" "choose another --output"
+rm -r "$out"
+launch 2 calibrate --model "$work/model" --tokens "$tokens" --output "$out" --epochs 0 --samples 4 --seqlen 32 >"$work/log" 2>&1 || cat "$work/log"
+store=$work/store
+cp -R "$out" "$store"
+calibrate_ends "output: holds another run" "$out" "another run" "choose another --output"
+
+echo "# the store"
+eval_ends "store: no such folder" "$work/none/omniquant.h5" "No such file" "calibrate" --quantized "$work/none"
+eval_ends "store: a model's folder" "$work/model/omniquant.h5" "" "calibrate" --quantized "$work/model"
+eval_ends "store: a regular file" "$tokens" "" "" --quantized "$tokens"
+cp "$tokens" "$store/omniquant.h5"
+eval_ends "store: another HDF5 file" "$store/omniquant.h5" "format" "" --quantized "$store"
+rm -r "$store" && launch 1 calibrate --model "$work/model" --tokens "$tokens" --output "$store" --epochs 0 --samples 4 --seqlen 32 >"$work/log" 2>&1
+truncate -s -100 "$store/blocks/0001.h5"
+eval_ends "store: a block cut short" "$store/blocks/0001.h5" "" "" --quantized "$store"
+rm "$store/blocks/0001.h5"
+eval_ends "store: a block is missing" "$store" "block 1" "" --quantized "$store"
+"$helper" model "$work/longer" 3 "${sizes[@]:1}" || exit 1
+eval_ends "store: of another model" "$store" "2 blocks" "the model it was made from" --quantized "$store" --model "$work/longer"
+finish

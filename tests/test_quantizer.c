@@ -1,0 +1,505 @@
+/* test_quantizer.c: the weight quantizer at every CPU level, with 1 and 2 threads: against the fixtures (codes and zero points equal), the
+ * OmniQuant authors' own vectors, and an independent model in double whose central differences give the gradients of the factors. What is
+ * stored dequantizes to quantize_forward at rest bit for bit. The search for clipping factors finds the best pair of its grid. */
+#include "compare.h"
+#include "dequantize.h"
+
+enum { ROWS = 6, COLUMNS = 96, COUNT = ROWS * COLUMNS }; /* of the fixtures */
+
+/* What the quantizer gives for one matrix. */
+struct result {
+  float *y, *y_rest, *df_hi, *df_lo; /* host */
+  uint8_t *codes;                    /* packed */
+  uint16_t *scale;
+  uint8_t *zero_point;
+};
+
+static void *poisoned_bytes(struct memory *d, size_t bytes) {
+  uint8_t *values = host(d, (int64_t)bytes, 1);
+  void *at = device(d, bytes);
+  memset(values, 0xff, bytes);
+  d->k->upload(d->k, at, values, bytes);
+  return at;
+}
+
+static void *fetched_bytes(struct memory *d, const void *from, size_t bytes) {
+  void *values = host(d, (int64_t)bytes, 1);
+  d->k->download(d->k, values, from, bytes);
+  return values;
+}
+
+/* Every operation twice, into poisoned outputs; both runs have to give the same bits. Factors NULL: 1. */
+static struct result quantize(struct memory *d, const struct weight_shape *shape, const float *w, const float *dw, const float *f_hi,
+                              const float *f_lo) {
+  struct kernels *k = d->k;
+  int64_t count = shape->rows * shape->columns, groups = weight_groups(shape);
+  size_t code_bytes = (size_t)(shape->rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
+  data *dev_w = device_data(d, w, count), *dev_dw = device_data(d, dw, count);
+  float *hi = f_hi ? device_floats(d, f_hi, groups) : NULL, *lo = f_lo ? device_floats(d, f_lo, groups) : NULL;
+  struct result r[2];
+  for (int run = 0; run < 2; run++) {
+    data *y = poisoned_data(d, count), *y_rest = poisoned_data(d, count);
+    float *df_hi = poisoned_floats(d, groups), *df_lo = poisoned_floats(d, groups);
+    uint8_t *codes = poisoned_bytes(d, code_bytes), *zero_point = poisoned_bytes(d, (size_t)groups);
+    uint16_t *scale = poisoned_bytes(d, (size_t)groups * sizeof *scale);
+    k->quantize_forward(k, y, dev_w, hi, lo, shape, false);
+    k->quantize_forward(k, y_rest, dev_w, hi, lo, shape, true);
+    k->quantize_backward(k, df_hi, df_lo, dev_dw, dev_w, hi, lo, shape);
+    k->quantize_codes(k, codes, scale, zero_point, dev_w, hi, lo, shape);
+    r[run] = (struct result){fetched_data(d, y, count),
+                             fetched_data(d, y_rest, count),
+                             fetched_floats(d, df_hi, groups),
+                             fetched_floats(d, df_lo, groups),
+                             fetched_bytes(d, codes, code_bytes),
+                             fetched_bytes(d, scale, (size_t)groups * sizeof *scale),
+                             fetched_bytes(d, zero_point, (size_t)groups)};
+  }
+  assert_memory_equal(r[0].y, r[1].y, (size_t)count * sizeof(float));
+  assert_memory_equal(r[0].y_rest, r[1].y_rest, (size_t)count * sizeof(float));
+  assert_memory_equal(r[0].df_hi, r[1].df_hi, (size_t)groups * sizeof(float));
+  assert_memory_equal(r[0].df_lo, r[1].df_lo, (size_t)groups * sizeof(float));
+  assert_memory_equal(r[0].codes, r[1].codes, code_bytes);
+  return r[0];
+}
+
+/* Code i of a packed row, bit by bit. */
+static int unpacked(const uint8_t *row, int64_t i, int bits) {
+  int code = 0;
+  for (int bit = 0; bit < bits; bit++) {
+    int64_t position = i * bits + bit;
+    code |= (row[position / 8] >> position % 8 & 1) << bit;
+  }
+  return code;
+}
+
+static double relative(double got, double want) {
+  return got == want ? 0 : fabs(got - want) / fabs(want);
+}
+
+/* The largest element of a row of gradients, of both factors. */
+static double row_size(const float *hi, const float *lo, int64_t groups) {
+  double size = 0;
+  for (int64_t g = 0; g < groups; g++) size = fmax(size, fmax(fabs(hi[g]), fabs(lo[g])));
+  return size;
+}
+
+/* Gradients [rows, groups] against those wanted, relative to the largest of each row; where all of a row are 0, they have to be 0. */
+static void check_gradients(struct bound *bound, const float *const got[2], const float *const want[2], int64_t rows, int64_t groups,
+                            const char *where) {
+  for (int64_t row = 0; row < rows; row++) {
+    double size = row_size(want[0] + row * groups, want[1] + row * groups, groups);
+    for (int end = 0; end < 2; end++) {
+      double error = absolute_error(got[end] + row * groups, want[end] + row * groups, groups);
+      bound_check(bound, error == 0 ? 0 : error / size, where);
+    }
+  }
+}
+
+/* ---- fixtures ---- */
+
+struct fixture_case {
+  struct weight_shape shape;
+  char name[40];
+  const float *y, *y_rest, *scale, *scale_rest, *df_hi, *df_lo;
+  const uint8_t *codes, *codes_rest, *zero_point, *zero_point_rest;
+};
+
+static const uint8_t *bytes_of(struct memory *m, const struct safetensors *file, int64_t count, const char *name, const char *part) {
+  char full[80];
+  snprintf(full, sizeof full, "%s.%s", name, part);
+  return expected_bytes(m, file, (size_t)count, full);
+}
+
+static struct fixture_case fixture_case(struct memory *m, const struct safetensors *file, int bits, int group, bool symmetric) {
+  struct fixture_case c = {{ROWS, COLUMNS, {bits, symmetric, group ? group : COLUMNS}}, "", 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+  int64_t groups = weight_groups(&c.shape);
+  snprintf(c.name, sizeof c.name, "b%d_g%d_%s", bits, group, symmetric ? "sym" : "asym");
+  c.y = expected_floats(m, file, COUNT, "%s.y", c.name);
+  c.y_rest = expected_floats(m, file, COUNT, "%s.y_rest", c.name);
+  c.scale = expected_floats(m, file, groups, "%s.scale", c.name);
+  c.scale_rest = expected_floats(m, file, groups, "%s.scale_rest", c.name);
+  c.df_hi = expected_floats(m, file, groups, "%s.d_f_hi_open", c.name);
+  c.df_lo = expected_floats(m, file, groups, "%s.d_f_lo_open", c.name);
+  c.codes = bytes_of(m, file, COUNT, c.name, "codes");
+  c.codes_rest = bytes_of(m, file, COUNT, c.name, "codes_rest");
+  c.zero_point = bytes_of(m, file, groups, c.name, "zero_point");
+  c.zero_point_rest = bytes_of(m, file, groups, c.name, "zero_point_rest");
+  return c;
+}
+
+/* The header's arithmetic in training, which shows codes, scales and zero points that the kernels keep to themselves. */
+static void check_grid(struct bound *bound, const struct fixture_case *c, const float *x, const float *f_hi, const float *f_lo) {
+  const struct quantizer *q = &c->shape.quantizer;
+  int64_t per_row = weight_groups_per_row(&c->shape);
+  for (int64_t g = 0; g < weight_groups(&c->shape); g++) {
+    int64_t begin = g / per_row * COLUMNS + g % per_row * q->group_size, end = begin + q->group_size;
+    if (end > (g / per_row + 1) * COLUMNS) end = (g / per_row + 1) * COLUMNS;
+    float maximum = x[begin], minimum = x[begin];
+    for (int64_t i = begin; i < end; i++) maximum = fmaxf(maximum, x[i]), minimum = fminf(minimum, x[i]);
+    struct group_grid grid = quantizer_grid(q, quantizer_high(f_hi[g], maximum), quantizer_low(f_lo[g], minimum), false);
+    bound_check(bound, relative(grid.scale, c->scale[g]), c->name);
+    assert_true(grid.zero_point == c->zero_point[g]);
+    for (int64_t i = begin; i < end; i++) assert_true(quantizer_code(x[i], grid, quantizer_top(q)) == c->codes[i]);
+  }
+}
+
+static void check_stored(const struct fixture_case *c, const struct result *r) {
+  const struct quantizer *q = &c->shape.quantizer;
+  int64_t row_bytes = packed_row_bytes(COLUMNS, q->bits);
+  for (int64_t g = 0; g < weight_groups(&c->shape); g++) {
+    assert_true(half_to_float(r->scale[g]) == c->scale_rest[g]);
+    assert_int_equal(r->zero_point[g], c->zero_point_rest[g]);
+  }
+  for (int64_t i = 0; i < COUNT; i++)
+    assert_int_equal(unpacked(r->codes + i / COLUMNS * row_bytes, i % COLUMNS, q->bits), c->codes_rest[i]);
+}
+
+static void fixtures_are_met(void **context) {
+  (void)context;
+  static const int bits[] = {2, 3, 4, 5, 8}, group[] = {0, 32, 40};
+  struct bound bounds[] = {{"scale", 1e-6, 0}, {"y in training", 1e-6, 0}, {"y at rest", 1e-6, 0}, {"gradient of the factors", 1e-5, 0}};
+  struct safetensors *file = expected_open("quantizer.safetensors");
+  for (int i = 0; i < 5 * 3 * 2; i++) {
+    struct memory m = {0};
+    struct fixture_case c = fixture_case(&m, file, bits[i / 6], group[i / 2 % 3], i % 2);
+    int64_t groups = weight_groups(&c.shape);
+    const float *x = expected_floats(&m, file, COUNT, "x"), *g = expected_floats(&m, file, COUNT, "g");
+    const float *f_hi = expected_floats(&m, file, groups, "g%d.f_hi", group[i / 2 % 3]);
+    const float *f_lo = expected_floats(&m, file, groups, "g%d.f_lo", group[i / 2 % 3]);
+    check_grid(&bounds[0], &c, x, f_hi, f_lo);
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      struct memory d = {.k = walk.k};
+      struct result r = quantize(&d, &c.shape, x, g, f_hi, f_lo);
+      check_stored(&c, &r);
+      for (int64_t j = 0; j < COUNT; j++) {
+        bound_check(&bounds[1], relative(r.y[j], c.y[j]), c.name);
+        bound_check(&bounds[2], relative(r.y_rest[j], c.y_rest[j]), c.name);
+      }
+      check_gradients(&bounds[3], (const float *const[]){r.df_hi, r.df_lo}, (const float *const[]){c.df_hi, c.df_lo}, ROWS, groups / ROWS,
+                      c.name);
+      memory_free(&d);
+    }
+    memory_free(&m);
+  }
+  safetensors_close(file);
+  bound_print(bounds, 4);
+}
+
+/* ---- the authors' vectors ---- */
+
+/* Left out is what this quantizer does otherwise by design: rows without a negative value (row 1), symmetric codes, short groups. */
+static void reference_vectors_are_met(void **context) {
+  (void)context;
+  enum { ONE_SIGN = 1 };
+  static const int bits[] = {2, 3, 4, 6, 8}, group[] = {0, 32};
+  struct bound bounds[] = {{"y", 1e-6, 0}, {"gradient of gamma and beta", 1e-5, 0}};
+  struct safetensors *file = expected_open("golden/quantizer_vectors.safetensors");
+  for (int i = 0; i < 5 * 2; i++) {
+    struct memory m = {0};
+    char name[40];
+    snprintf(name, sizeof name, "b%d_g%d_asym", bits[i / 2], group[i % 2]);
+    struct weight_shape shape = {ROWS, COLUMNS, {bits[i / 2], false, group[i % 2] ? group[i % 2] : COLUMNS}};
+    int64_t groups = weight_groups(&shape), per_row = groups / ROWS;
+    const float *x = expected_floats(&m, file, COUNT, "x"), *gout = expected_floats(&m, file, COUNT, "gout");
+    const float *y = expected_floats(&m, file, COUNT, "%s/y", name);
+    const float *parameter[] = {expected_floats(&m, file, groups, "%s/up", name), expected_floats(&m, file, groups, "%s/low", name)};
+    const float *want[] = {expected_floats(&m, file, groups, "%s/gup", name), expected_floats(&m, file, groups, "%s/glow", name)};
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      struct kernels *k = walk.k;
+      struct memory d = {.k = k};
+      const float *factor[2], *got[2];
+      for (int end = 0; end < 2; end++) {
+        float *f = poisoned_floats(&d, groups);
+        k->sigmoid_forward(k, f, device_floats(&d, parameter[end], groups), groups);
+        factor[end] = fetched_floats(&d, f, groups);
+      }
+      struct result r = quantize(&d, &shape, x, gout, factor[0], factor[1]);
+      for (int end = 0; end < 2; end++) {
+        float *slope = device_floats(&d, end ? r.df_lo : r.df_hi, groups);
+        k->sigmoid_backward(k, slope, slope, device_floats(&d, parameter[end], groups), groups);
+        got[end] = fetched_floats(&d, slope, groups);
+      }
+      for (int64_t row = 0; row < ROWS; row++) {
+        if (row == ONE_SIGN) continue;
+        for (int64_t j = row * COLUMNS; j < (row + 1) * COLUMNS; j++) bound_check(&bounds[0], relative(r.y[j], y[j]), name);
+        check_gradients(&bounds[1], (const float *const[]){got[0] + row * per_row, got[1] + row * per_row},
+                        (const float *const[]){want[0] + row * per_row, want[1] + row * per_row}, 1, per_row, name);
+      }
+      memory_free(&d);
+    }
+    memory_free(&m);
+  }
+  safetensors_close(file);
+  bound_print(bounds, 2);
+}
+
+/* ---- finite differences ---- */
+
+/* One group in double. Straight-through: what round() adds, the zero point, and which codes are held at an end, are frozen where they were
+ * first computed, so that the loss is smooth in the factors and its slope is the one that training uses. */
+struct soft_group {
+  const float *w, *dw;
+  int64_t length;
+  int bits;
+  bool symmetric;
+  double maximum, minimum;
+  double zero_point, *residue; /* round(x) - x */
+  int *held;                   /* -1: at code 0, 1: at code Q, 0: between */
+};
+
+static double soft_scale(const struct soft_group *s, double f_hi, double f_lo) {
+  double high = fmax(f_hi * s->maximum, 0), low = fmin(f_lo * s->minimum, 0), top = pow(2, s->bits) - 1;
+  double scale = s->symmetric ? fmax(high, -low) / (pow(2, s->bits - 1) - 1) : (high - low) / top;
+  return fmin(fmax(scale, 1e-5), 1e4);
+}
+
+/* Freezes the decisions; false where one of them hangs on the last bits of a float. */
+static bool soft_freeze(struct soft_group *s, double f_hi, double f_lo) {
+  const double near = 1e-4;
+  double scale = soft_scale(s, f_hi, f_lo), offset = s->symmetric ? pow(2, s->bits - 1) : -fmin(f_lo * s->minimum, 0) / scale;
+  bool clear = s->symmetric || fabs(fabs(offset - rint(offset)) - 0.5) > near;
+  s->zero_point = rint(offset);
+  for (int64_t i = 0; i < s->length; i++) {
+    double x = s->w[i] / scale, code = rint(x) + s->zero_point;
+    clear = clear && fabs(fabs(x - rint(x)) - 0.5) > near;
+    s->residue[i] = rint(x) - x;
+    s->held[i] = code <= 0 ? -1 : code >= pow(2, s->bits) - 1 ? 1 : 0;
+  }
+  return clear;
+}
+
+static double soft_value(const struct soft_group *s, double scale, int64_t i) {
+  double top = pow(2, s->bits) - 1;
+  if (s->held[i]) return ((s->held[i] > 0 ? top : 0) - s->zero_point) * scale;
+  return (s->w[i] / scale + s->residue[i]) *
+         scale; /* at the frozen factors: round(x) * scale; away from them as if round were x + constant */
+}
+
+static double soft_loss(const struct soft_group *s, double f_hi, double f_lo) {
+  double loss = 0, scale = soft_scale(s, f_hi, f_lo);
+  for (int64_t i = 0; i < s->length; i++) loss += s->dw[i] * soft_value(s, scale, i);
+  return loss;
+}
+
+/* The largest gradient that the group's terms could add up to: what its rounding errors are measured by. */
+static double soft_size(const struct soft_group *s) {
+  double size = 0, top = pow(2, s->bits) - 1;
+  for (int64_t i = 0; i < s->length; i++)
+    size += fabs(s->dw[i] * (s->held[i] > 0 ? top - s->zero_point : s->held[i] ? s->zero_point : s->residue[i]));
+  return size * fmax(fabs(s->maximum), fabs(s->minimum)) / (s->symmetric ? pow(2, s->bits - 1) - 1 : top);
+}
+
+static void check_soft(struct bound *bounds, const struct weight_shape *shape, uint64_t seed) {
+  struct memory m = {0};
+  const double h = 1e-4;
+  uint64_t state = seed;
+  int64_t count = shape->rows * shape->columns, groups = weight_groups(shape), per_row = weight_groups_per_row(shape), skipped = 0;
+  float *w = random_floats(&m, &state, count), *dw = random_floats(&m, &state, count);
+  float *factor[] = {host_floats(&m, groups), host_floats(&m, groups)};
+  double *want[] = {host_doubles(&m, groups), host_doubles(&m, groups)}, *y = host_doubles(&m, count), *size = host_doubles(&m, groups);
+  bool *clear = host(&m, groups, sizeof *clear);
+  char where[80];
+  snprintf(where, sizeof where, "%d bits, %s, %lld columns in groups of %lld", shape->quantizer.bits,
+           shape->quantizer.symmetric ? "symmetric" : "asymmetric", (long long)shape->columns, (long long)shape->quantizer.group_size);
+  for (int64_t g = 0; g < groups; g++) {
+    int64_t first = g % per_row * shape->quantizer.group_size, begin = g / per_row * shape->columns + first;
+    int64_t length = shape->columns - first < shape->quantizer.group_size ? shape->columns - first : shape->quantizer.group_size;
+    struct soft_group s = {w + begin, dw + begin, length, shape->quantizer.bits,    shape->quantizer.symmetric,
+                           w[begin],  w[begin],   0,      host_doubles(&m, length), host(&m, length, sizeof(int))};
+    for (int64_t i = 0; i < length; i++) s.maximum = fmax(s.maximum, s.w[i]), s.minimum = fmin(s.minimum, s.w[i]);
+    double f[2];
+    for (int end = 0; end < 2; end++) f[end] = factor[end][g] = (float)(0.4 + 0.6 * random_uniform(&state));
+    clear[g] = soft_freeze(&s, f[0], f[1]);
+    if (s.symmetric && fabs(f[0] * s.maximum + f[1] * s.minimum) < 0.01) clear[g] = false; /* near the corner of the maximum */
+    skipped += !clear[g];
+    for (int64_t i = 0; i < length; i++) y[begin + i] = soft_value(&s, soft_scale(&s, f[0], f[1]), i);
+    want[0][g] = (soft_loss(&s, f[0] + h, f[1]) - soft_loss(&s, f[0] - h, f[1])) / (2 * h);
+    want[1][g] = (soft_loss(&s, f[0], f[1] + h) - soft_loss(&s, f[0], f[1] - h)) / (2 * h);
+    size[g] = soft_size(&s);
+  }
+  assert_true(skipped * 4 < groups);
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct memory d = {.k = walk.k};
+    struct result r = quantize(&d, shape, w, dw, factor[0], factor[1]);
+    for (int64_t i = 0; i < count; i++) {
+      int64_t g = i / shape->columns * per_row + i % shape->columns / shape->quantizer.group_size;
+      if (clear[g] && y[i] != 0) bound_check(&bounds[0], relative(r.y[i], y[i]), where);
+      if (clear[g] && fabs(y[i]) < 1e-12) assert_true(fabsf(r.y[i]) < 1e-6f);
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      if (clear[g]) bound_check(&bounds[1], fabs(r.df_hi[g] - want[0][g]) / size[g], where);
+      if (clear[g]) bound_check(&bounds[1], fabs(r.df_lo[g] - want[1][g]) / size[g], where);
+    }
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+static void gradients_are_those_of_a_soft_model(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"y", 1e-6, 0}, {"gradient of the factors, of the sum of its terms' sizes", 1e-6, 0}};
+  const struct { int64_t columns, group; } sizes[] = {{7, 7}, {50, 13}, {65, 64}, {96, 33}};
+  for (int bits = 2; bits <= 8; bits++)
+    for (int symmetric = 0; symmetric < 2; symmetric++)
+      for (int i = 0; i < 4; i++)
+        check_soft(bounds, &(struct weight_shape){9, sizes[i].columns, {bits, symmetric, sizes[i].group}}, (uint64_t)(bits * 10 + i));
+  bound_print(bounds, 2);
+}
+
+/* ---- what is stored ---- */
+
+static void stored_weights_are_those_at_rest(void **context) {
+  (void)context;
+  const int64_t columns[] = {1, 33, 96, 130}, group[] = {1, 5, 32, 200};
+  for (int i = 0; i < 7 * 2 * 4 * 4; i++) {
+    struct memory m = {0};
+    uint64_t state = (uint64_t)i;
+    int64_t C = columns[i % 4], G = group[i / 4 % 4] < C ? group[i / 4 % 4] : C;
+    struct weight_shape shape = {5, C, {2 + i / 32, i / 16 % 2, G}};
+    int64_t count = 5 * C, groups = weight_groups(&shape);
+    float *w = random_floats(&m, &state, count), *f_hi = host_floats(&m, groups), *f_lo = host_floats(&m, groups);
+    for (int64_t j = 0; j < count; j++) w[j] *= (float)pow(10, -2.0 * (double)(j / C)); /* down to 1e-8: below the least scale */
+    for (int64_t g = 0; g < groups; g++) f_hi[g] = (float)random_uniform(&state), f_lo[g] = g % 5 ? (float)random_uniform(&state) : 0;
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      struct memory d = {.k = walk.k};
+      bool clipped = i % 3;
+      struct result r = quantize(&d, &shape, w, w, clipped ? f_hi : NULL, clipped ? f_lo : NULL);
+      struct quantized_linear stored = {.out_features = 5,
+                                        .in_features = C,
+                                        .bits = shape.quantizer.bits,
+                                        .group_size = G,
+                                        .symmetric = shape.quantizer.symmetric,
+                                        .codes = r.codes,
+                                        .scale = r.scale,
+                                        .zero_point = r.zero_point};
+      float *weights = poison(&d, count);
+      dequantize_linear(&stored, weights);
+      assert_memory_equal(weights, r.y_rest, (size_t)count * sizeof *weights);
+      memory_free(&d);
+    }
+    memory_free(&m);
+  }
+}
+
+/* ---- search ---- */
+
+/* The error of one group, in double, under the grid that these factors give at rest. */
+static double search_error(const float *w, const float *importance, int64_t length, const struct quantizer *q, float f_hi, float f_lo) {
+  float maximum = w[0], minimum = w[0];
+  double error = 0;
+  for (int64_t i = 0; i < length; i++) maximum = fmaxf(maximum, w[i]), minimum = fminf(minimum, w[i]);
+  struct group_grid grid = quantizer_grid(q, quantizer_high(f_hi, maximum), quantizer_low(f_lo, minimum), true);
+  for (int64_t i = 0; i < length; i++) {
+    double d = (double)quantizer_fake(w[i], grid, quantizer_top(q)) - w[i];
+    error += importance[i] * d * d;
+  }
+  return error;
+}
+
+static float grid_factor(int step) {
+  return 1 - CLIP_SEARCH_STRIDE * (float)step;
+}
+
+static double least_error(const float *w, const float *importance, int64_t length, const struct quantizer *q) {
+  double least = INFINITY;
+  for (int a = 0; a < CLIP_SEARCH_STEPS; a++)
+    for (int b = 0; b < CLIP_SEARCH_STEPS; b++) least = fmin(least, search_error(w, importance, length, q, grid_factor(a), grid_factor(b)));
+  return least;
+}
+
+static bool on_grid(float factor) {
+  for (int a = 0; a < CLIP_SEARCH_STEPS; a++)
+    if (factor == grid_factor(a)) return true;
+  return false;
+}
+
+/* Searches groups [first, end) alone; all others have to stay as they were. */
+static void check_share(struct memory *d, const struct weight_shape *shape, const data *w, const float *importance, int64_t first,
+                        int64_t end, const float *whole_hi, const float *whole_lo) {
+  int64_t groups = weight_groups(shape);
+  float *hi = poisoned_floats(d, groups), *lo = poisoned_floats(d, groups);
+  d->k->clip_search(d->k, hi, lo, w, importance, shape, first, end);
+  float *got_hi = fetched_floats(d, hi, groups), *got_lo = fetched_floats(d, lo, groups);
+  for (int64_t g = 0; g < groups; g++) {
+    bool mine = g >= first && g < end;
+    assert_true(mine ? got_hi[g] == whole_hi[g] && got_lo[g] == whole_lo[g] : isnan(got_hi[g]) && isnan(got_lo[g]));
+  }
+}
+
+static void check_search(struct bound *bound, const struct weight_shape *shape, int *improved) {
+  struct memory m = {0};
+  uint64_t state = 31;
+  const struct quantizer *q = &shape->quantizer;
+  int64_t C = shape->columns, count = shape->rows * C, groups = weight_groups(shape), per_row = weight_groups_per_row(shape);
+  float *w = random_floats(&m, &state, count), *importance = random_floats(&m, &state, C);
+  for (int64_t i = 0; i < C; i++) importance[i] *= importance[i] * (i % 7 ? 1 : 30);
+  double *least = host_doubles(&m, groups);
+  for (int64_t g = 0; g < groups; g++) {
+    int64_t first = g % per_row * q->group_size, length = C - first < q->group_size ? C - first : q->group_size;
+    least[g] = least_error(w + g / per_row * C + first, importance + first, length, q);
+  }
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct memory d = {.k = walk.k};
+    data *dev_w = device_data(&d, w, count);
+    float *dev_importance = device_floats(&d, importance, C), *hi = poisoned_floats(&d, groups), *lo = poisoned_floats(&d, groups);
+    walk.k->clip_search(walk.k, hi, lo, dev_w, dev_importance, shape, 0, groups);
+    float *got_hi = fetched_floats(&d, hi, groups), *got_lo = fetched_floats(&d, lo, groups);
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t first = g % per_row * q->group_size, length = C - first < q->group_size ? C - first : q->group_size;
+      const float *group = w + g / per_row * C + first;
+      double found = search_error(group, importance + first, length, q, got_hi[g], got_lo[g]);
+      double plain = search_error(group, importance + first, length, q, 1, 1);
+      assert_true(on_grid(got_hi[g]) && on_grid(got_lo[g]));
+      bound_check(bound, found / least[g] - 1, walk.name); /* a near tie may be decided by float's rounding */
+      assert_true(found <= plain * (1 + 1e-5));
+      *improved += found < plain * 0.999;
+    }
+    for (int rank = 0; rank < 3; rank++)
+      check_share(&d, shape, dev_w, dev_importance, groups * rank / 3, groups * (rank + 1) / 3, got_hi, got_lo);
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+static void search_finds_the_best_of_its_grid(void **context) {
+  (void)context;
+  struct bound bound = {"least error of the search over brute force's, less 1", 1e-5, 0};
+  int improved = 0;
+  check_search(&bound, &(struct weight_shape){5, 96, {2, false, 32}}, &improved);
+  check_search(&bound, &(struct weight_shape){5, 90, {3, false, 40}}, &improved);
+  check_search(&bound, &(struct weight_shape){7, 65, {4, false, 65}}, &improved);
+  check_search(&bound, &(struct weight_shape){5, 96, {3, true, 32}}, &improved);
+  check_search(&bound, &(struct weight_shape){3, 17, {8, false, 5}}, &improved);
+  assert_true(improved > 100);
+  bound_print(&bound, 1);
+}
+
+/* Columns that nothing was seen of leave the group as it is, and so does what is not a number. */
+static void search_without_importance_changes_nothing(void **context) {
+  (void)context;
+  struct memory m = {0};
+  uint64_t state = 32;
+  struct weight_shape shape = {3, 40, {3, false, 20}};
+  float *w = random_floats(&m, &state, 120), *importance = host_floats(&m, 40);
+  for (int64_t i = 20; i < 40; i++) importance[i] = NAN;
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct memory d = {.k = walk.k};
+    float *hi = poisoned_floats(&d, 6), *lo = poisoned_floats(&d, 6);
+    walk.k->clip_search(walk.k, hi, lo, device_data(&d, w, 120), device_floats(&d, importance, 40), &shape, 0, 6);
+    for (int g = 0; g < 6; g++) assert_true(fetched_floats(&d, hi, 6)[g] == 1 && fetched_floats(&d, lo, 6)[g] == 1);
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+int main(void) {
+  const struct CMUnitTest tests[] = {
+      cmocka_unit_test(fixtures_are_met),
+      cmocka_unit_test(reference_vectors_are_met),
+      cmocka_unit_test(gradients_are_those_of_a_soft_model),
+      cmocka_unit_test(stored_weights_are_those_at_rest),
+      cmocka_unit_test(search_finds_the_best_of_its_grid),
+      cmocka_unit_test(search_without_importance_changes_nothing),
+  };
+  return cmocka_run_group_tests(tests, NULL, NULL);
+}
