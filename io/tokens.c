@@ -43,6 +43,13 @@ static int dataset_check(const struct hdf5_site *site, hid_t dataset, int64_t *c
   return 0;
 }
 
+/* Adds the mend to what was wrong with a file of any kind. */
+static int mend_add(struct error *error) {
+  size_t length = strlen(error->message);
+  snprintf(error->message + length, sizeof error->message - length, "; give a file made by tools/tokenize.py");
+  return error->code;
+}
+
 int tokens_open(const char *path, struct tokens **tokens, struct error *error) {
   struct hdf5_site site = {path, error};
   int64_t bytes;
@@ -53,7 +60,7 @@ int tokens_open(const char *path, struct tokens **tokens, struct error *error) {
   int failed = opened->path ? 0 : error_set(error, ERROR_WORK, "%s: out of memory", path);
   hdf5_enter();
   if (!failed) opened->file = hdf5_open(&site, &bytes);
-  if (!failed && opened->file < 0) failed = error->code;
+  if (!failed && opened->file < 0) failed = mend_add(error);
   if (!failed) {
     opened->dataset = H5Dopen2(opened->file, "tokens", H5P_DEFAULT);
     if (opened->dataset < 0) {

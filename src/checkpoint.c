@@ -58,7 +58,8 @@ static const struct tensor *find_tensor(const struct checkpoint *checkpoint, con
       snprintf(wanted, sizeof wanted, "[%lld]", (long long)columns);
     else
       snprintf(wanted, sizeof wanted, "[%lld, %lld]", (long long)rows, (long long)columns);
-    error_set(error, ERROR_INPUT, "%s: tensor '%s': its shape is not %s, which config.json says", tensor->path, name, wanted);
+    error_set(error, ERROR_INPUT, "%s: tensor '%s': its shape is not %s, which config.json says; bring both anew from one model",
+              tensor->path, name, wanted);
     return NULL;
   }
   return tensor;

@@ -176,7 +176,7 @@ static void update(struct learner *l, int step, int steps) {
   int64_t count = 2 * l->lwc->groups;
   l->k->step_begin(l->k, l->state, l->gradient, count + 1);
   if (l->recipe->optimizer == OPTIMIZER_SIGN) {
-    float lr = (float)(l->recipe->lwc_lr * (1 - (double)step / steps) / steps);
+    float lr = (float)(l->recipe->sign_span * (1 - (double)step / steps) / steps);
     l->k->sign_step(l->k, l->lwc->parameter, l->gradient, count, lr, l->state);
   } else {
     double lr = l->recipe->lwc_lr * (l->recipe->scale_lr ? l->recipe->batch : 1);

@@ -28,8 +28,10 @@ static const struct setting settings[] = {
      "passes over the samples for each block; 0: round to nearest"},
     {"batch", SETTING_INT, offsetof(struct recipe, batch), 1, 65536, NULL, "1", "samples a step, over all ranks"},
     {"lwc_lr", SETTING_REAL, offsetof(struct recipe, lwc_lr), 0, 100, NULL, "1e-2",
-     "AdamW's learning rate at batch 1; sign: the span that a clipping factor can travel"},
+     "AdamW's learning rate at batch 1"},
     {"scale_lr", SETTING_BOOL, offsetof(struct recipe, scale_lr), 0, 1, NULL, "true", "multiply AdamW's learning rate by batch"},
+    {"sign_span", SETTING_REAL, offsetof(struct recipe, sign_span), 0, 100, NULL, "1",
+     "sign updates: a clipping factor, between 0 and 1, can travel half of it in all"},
     {"samples", SETTING_INT, offsetof(struct recipe, samples), 1, 1 << 24, NULL, "128", "calibration samples"},
     {"seqlen", SETTING_INT, offsetof(struct recipe, seqlen), 1, 1 << 24, NULL, "2048", "tokens a sample"},
     {"sampling", SETTING_ENUM, offsetof(struct recipe, sampling), 0, 0, "random|sequential", "random",
@@ -56,8 +58,10 @@ int recipe_check(const struct recipe *recipe, struct error *error) {
   if (recipe->batch > recipe->samples)
     return error_set(error, ERROR_INPUT, "batch: %d is more than the %d samples: lower batch or raise samples", recipe->batch,
                      recipe->samples);
-  if (recipe->lwc && recipe->epochs > 0 && !(recipe->lwc_lr > 0))
-    return error_set(error, ERROR_INPUT, "lwc_lr: 0 would learn nothing in %d epochs: raise lwc_lr, or set epochs to 0", recipe->epochs);
+  bool sign = recipe->optimizer == OPTIMIZER_SIGN;
+  if (recipe->lwc && recipe->epochs > 0 && !((sign ? recipe->sign_span : recipe->lwc_lr) > 0))
+    return error_set(error, ERROR_INPUT, "%s: 0 would learn nothing in %d epochs: raise it, or set epochs to 0",
+                     sign ? "sign_span" : "lwc_lr", recipe->epochs);
   return 0;
 }
 

@@ -24,7 +24,8 @@ struct recipe {
   enum optimizer optimizer;
   int epochs;             /* passes over the samples a block; 0: round to nearest */
   int batch;              /* samples a step, over all ranks */
-  double lwc_lr;          /* AdamW's learning rate at batch 1; sign: the span that a factor can travel */
+  double lwc_lr;          /* AdamW's learning rate at batch 1 */
+  double sign_span;       /* sign updates: the first step's length times the number of steps */
   bool scale_lr;          /* multiply learning rates by batch (AdamW) */
   int samples;            /* calibration samples */
   int seqlen;             /* tokens a sample */

@@ -1,14 +1,14 @@
 #!/bin/bash
 # bad_input.sh OMNIQUANT TEST_HELPER: every kind of bad input ends two ranks soon, with one line that names the file, the key and the mend,
 # exit status 2, and nothing left behind or touched.
+# shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
 . "$(dirname "$0")/common.bash"
-work=$(cd "$work" && pwd)
 tokens=$work/tokens.h5 recipe=$work/recipe.yaml out=$work/out
 sizes=(2 64 4 2 128 96 F32)
 most_seconds=5
 
-# What the program left in its temporary folder before it ended, and nothing else, tells whether it wrote.
+# All that is in the output folder, with the contents of files; nothing if there is no such folder.
 listing() { (cd "$out" 2>/dev/null && find . -type f -exec sha256sum {} + -o -print | sort); }
 
 # ends_well FILE KEY MEND COMMAND...: the checks on one run.
@@ -19,11 +19,11 @@ ends_well() {
   started=$EPOCHREALTIME
   launch 2 "$@" >"$work/stdout" 2>"$work/stderr"
   status=$?
-  awk -v a="$started" -v b="$EPOCHREALTIME" -v most=$most_seconds 'BEGIN { if (b - a > most) { print "took", b - a, "s"; exit 1 } }' || return
+  awk -v a="$started" -v b="$EPOCHREALTIME" -v most="$most_seconds" 'BEGIN { if (b - a > most) { print "took", b - a, "s"; exit 1 } }' || return
   message=$(grep '^omniquant: ' "$work/stderr")
   after=$(listing)
   echo "$message"
-  [ $status = 2 ] || { echo "ended with $status" && cat "$work/stderr" && return 1; }
+  [ "$status" = 2 ] || { echo "ended with $status" && cat "$work/stderr" && return 1; }
   [ "$(wc -l <<<"$message")" = 1 ] || { echo "not one line" && return 1; }
   [ -s "$work/stdout" ] && { echo "wrote on standard output" && return 1; }
   for part in "$file" "$key" "$mend"; do
@@ -45,7 +45,7 @@ eval_ends() {
   check "$1" ends_well "$2" "$3" "$4" eval --model "$work/model" --tokens "$tokens" --seqlen 32 --windows 4 "${@:5}"
 }
 
-# damaged NAME: a copy of the model in $work/NAME, $weights and $config are its files.
+# A fresh copy of the model to be damaged; $weights and $config are its files.
 damaged() {
   rm -rf "$work/damaged"
   cp -R "$work/model" "$work/damaged"
@@ -67,44 +67,44 @@ echo "# the model"
 calibrate_ends "no such folder" "$work/none/config.json" "No such file" "--model needs a folder" --model "$work/none"
 damaged
 echo "{" >"$config"
-calibrate_ends "config.json: not JSON" "$config" "" "" "${bad[@]}"
+calibrate_ends "config.json: not JSON" "$config:2" "not a JSON object" "expected" "${bad[@]}"
 damaged
 sed -i 's/"llama"/"gpt_next"/' "$config"
 calibrate_ends "config.json: unknown model_type" "$config" model_type "llama" "${bad[@]}"
 damaged
 sed -i '/"hidden_size"/d' "$config"
-calibrate_ends "config.json: a size is missing" "$config" hidden_size "" "${bad[@]}"
+calibrate_ends "config.json: a size is missing" "$config" hidden_size "has to be a whole number" "${bad[@]}"
 damaged
 rm "$weights"
-calibrate_ends "safetensors: missing" "$work/damaged" model.safetensors "" "${bad[@]}"
+calibrate_ends "safetensors: missing" "$work/damaged" model.safetensors "give a checkpoint folder" "${bad[@]}"
 damaged
 truncate -s -100 "$weights"
-calibrate_ends "safetensors: truncated in the data" "$weights" "" "" "${bad[@]}"
+calibrate_ends "safetensors: truncated in the data" "$weights" lm_head.weight "download it again" "${bad[@]}"
 damaged
 truncate -s 100 "$weights"
-calibrate_ends "safetensors: truncated in the header" "$weights" "" "" "${bad[@]}"
+calibrate_ends "safetensors: truncated in the header" "$weights" "header length" "download it again" "${bad[@]}"
 damaged
 truncate -s 0 "$weights"
-calibrate_ends "safetensors: empty" "$weights" "" "" "${bad[@]}"
+calibrate_ends "safetensors: empty" "$weights" "0 bytes" "download it again" "${bad[@]}"
 damaged
 edit_header 's/("lm_head.weight".*\[[0-9]+,)([0-9]+)\]/\19\2]/' || exit 1
-calibrate_ends "safetensors: offsets beyond the end" "$weights" lm_head.weight "" "${bad[@]}"
+calibrate_ends "safetensors: offsets beyond the end" "$weights" lm_head.weight "download it again" "${bad[@]}"
 damaged
 edit_header 's/("model.norm.weight"[^[]*\[64\],"data_offsets":\[)([0-9]+)/\10/' || exit 1
-calibrate_ends "safetensors: offsets that do not fit the shape" "$weights" model.norm.weight "" "${bad[@]}"
+calibrate_ends "safetensors: offsets that do not fit the shape" "$weights" model.norm.weight "download it again" "${bad[@]}"
 damaged
 norm=$("$helper" header "$weights" | grep -o '"model.layers.0.input_layernorm.weight"[^}]*}' | grep -o 'data_offsets.*')
 edit_header "s/(\"model.layers.1.input_layernorm.weight\"[^}]*)data_offsets[^}]*\}/\1$norm/" || exit 1
-calibrate_ends "safetensors: overlapping tensors" "$weights" input_layernorm.weight "" "${bad[@]}"
+calibrate_ends "safetensors: overlapping tensors" "$weights" "overlaps" "download it again" "${bad[@]}"
 damaged
 edit_header 's/model.layers.1.mlp.down_proj.weight/model.layers.1.mlp.down_proj.other/' || exit 1
-calibrate_ends "safetensors: missing tensor" "$weights" model.layers.1.mlp.down_proj.weight "" "${bad[@]}"
+calibrate_ends "safetensors: missing tensor" "$weights" model.layers.1.mlp.down_proj.weight "not whole" "${bad[@]}"
 damaged
 edit_header 's/("model.layers.1.mlp.up_proj.weight":\{"dtype":)"F32"/\1"I32"/' || exit 1
 calibrate_ends "safetensors: wrong type" "$weights" model.layers.1.mlp.up_proj.weight "convert" "${bad[@]}"
 damaged
 edit_header 's/("model.layers.1.mlp.up_proj.weight":\{"dtype":"F32","shape":)\[128,64\]/\1[64,128]/' || exit 1
-calibrate_ends "safetensors: wrong shape" "$weights" model.layers.1.mlp.up_proj.weight "[128, 64]" "${bad[@]}"
+calibrate_ends "safetensors: wrong shape" "$weights" model.layers.1.mlp.up_proj.weight "[128, 64], which config.json says" "${bad[@]}"
 for tensor in model.embed_tokens model.layers.0.input_layernorm model.layers.0.mlp.up_proj; do
   damaged
   "$helper" nan "$weights" $tensor.weight || exit 1
@@ -112,13 +112,36 @@ for tensor in model.embed_tokens model.layers.0.input_layernorm model.layers.0.m
   eval_ends "safetensors: NaN in $tensor, eval" "$weights" "$tensor.weight" "download it again" "${bad[@]}"
 done
 
+damaged
+"$helper" nan "$weights" model.layers.0.mlp.up_proj.weight || exit 1
+mkdir "$out"
+calibrate_ends "safetensors: NaN, and an empty output folder that was there" "$weights" mlp.up_proj.weight "download it again" "${bad[@]}"
+rmdir "$out" || failures=$((failures + 1))
+cp -R "$fixtures/llama_gqa_tied" "$work/shards"
+shard=model-00002-of-00002.safetensors
+rm "$work/shards/$shard"
+calibrate_ends "safetensors: a shard is missing" "$work/shards" $shard "download" --model "$work/shards" --group-size 16
+
+echo "# NaN in a block that is reached at work: what was stored before stays, whole"
+damaged
+"$helper" nan "$weights" model.layers.1.mlp.up_proj.weight || exit 1
+names() { (cd "$out" && find . -type f | sort | tr '\n' ' '); }
+late() {
+  out=$work/none ends_well "$weights" model.layers.1.mlp.up_proj.weight "download it again" calibrate "${bad[@]}" --tokens "$tokens" \
+    --output "$work/out" --wbits 4 --group-size 32 --epochs 1 --batch 2 --samples 4 --seqlen 32
+}
+check "NaN in block 1" late
+check "NaN in block 1: only block 0 is stored" test "$(names)" = "./blocks/0000.h5 ./omniquant.h5 "
+check "NaN in block 1: the store can be read" "$program" inspect "$out"
+calibrate_ends "NaN in block 1: a second try touches nothing" "$out" "another run" "choose another --output"
+
 echo "# the tokens"
-calibrate_ends "tokens: no such file" "$work/none.h5" "No such file" "" --tokens "$work/none.h5"
-calibrate_ends "tokens: not HDF5" "$work/model/config.json" "" "" --tokens "$work/model/config.json"
+calibrate_ends "tokens: no such file" "$work/none.h5" "No such file" "tools/tokenize.py" --tokens "$work/none.h5"
+calibrate_ends "tokens: not HDF5" "$work/model/config.json" "not an HDF5 file" "tools/tokenize.py" --tokens "$work/model/config.json"
 "$helper" tokens "$work/large.h5" 400 97 1
-calibrate_ends "tokens: an id beyond the vocabulary" "$work/large.h5" "96" "" --tokens "$work/large.h5" --sampling sequential --samples 12
-eval_ends "tokens: an id beyond the vocabulary, eval" "$work/large.h5" "96" "" --tokens "$work/large.h5" --windows 12
-calibrate_ends "tokens: too few" "$tokens" tokens "--samples" --sampling sequential --samples 13
+calibrate_ends "tokens: an id beyond the vocabulary" "$work/large.h5" "is 96 but must be in 0..95" "tokenize with" --tokens "$work/large.h5" --sampling sequential --samples 12
+eval_ends "tokens: an id beyond the vocabulary, eval" "$work/large.h5" "is 96 but must be in 0..95" "tokenize with" --tokens "$work/large.h5" --windows 12
+calibrate_ends "tokens: too few" "$tokens" "13 sequential samples" "lower --samples" --sampling sequential --samples 13
 calibrate_ends "tokens: too few for one" "$tokens" tokens "--seqlen" --seqlen 401
 eval_ends "tokens: too few, eval" "$tokens" tokens "--windows" --windows 13
 
@@ -136,8 +159,8 @@ calibrate_ends "blocks that the model has not" "--blocks" "1:3" "0 to 1" --block
 echo "# the output"
 touch "$work/file"
 calibrate_ends "output: below a regular file" "$work/file" "Not a directory" "choose another --output" --output "$work/file/a/b"
-calibrate_ends "output: a regular file" "$work/file" "" "choose another --output" --output "$work/file"
-[ ! -d /proc/1 ] || calibrate_ends "output: where nothing can be made" "/proc/omniquant" "" "choose another --output" --output /proc/omniquant/a
+calibrate_ends "output: a regular file" "$work/file" "Not a directory" "choose another --output" --output "$work/file"
+[ ! -d /proc/1 ] || calibrate_ends "output: where nothing can be made" "/proc/omniquant" "cannot be made" "choose another --output" --output /proc/omniquant/a
 mkdir "$out" && echo "mine" >"$out/file"
 calibrate_ends "output: holds another's file" "$out" "not empty" "choose another --output"
 rm -r "$out"
@@ -148,15 +171,15 @@ calibrate_ends "output: holds another run" "$out" "another run" "choose another 
 
 echo "# the store"
 eval_ends "store: no such folder" "$work/none/omniquant.h5" "No such file" "calibrate" --quantized "$work/none"
-eval_ends "store: a model's folder" "$work/model/omniquant.h5" "" "calibrate" --quantized "$work/model"
-eval_ends "store: a regular file" "$tokens" "" "" --quantized "$tokens"
+eval_ends "store: a model's folder" "$work/model/omniquant.h5" "No such file" "calibrate" --quantized "$work/model"
+eval_ends "store: a regular file" "$tokens/omniquant.h5" "Not a directory" "calibrate" --quantized "$tokens"
 cp "$tokens" "$store/omniquant.h5"
-eval_ends "store: another HDF5 file" "$store/omniquant.h5" "format" "" --quantized "$store"
+eval_ends "store: another HDF5 file" "$store/omniquant.h5" "format" "not made by this program" --quantized "$store"
 rm -r "$store" && launch 1 calibrate --model "$work/model" --tokens "$tokens" --output "$store" --epochs 0 --samples 4 --seqlen 32 >"$work/log" 2>&1
 truncate -s -100 "$store/blocks/0001.h5"
-eval_ends "store: a block cut short" "$store/blocks/0001.h5" "" "" --quantized "$store"
+eval_ends "store: a block cut short" "$store/blocks/0001.h5" "truncated" "damaged" --quantized "$store"
 rm "$store/blocks/0001.h5"
-eval_ends "store: a block is missing" "$store" "block 1" "" --quantized "$store"
+eval_ends "store: a block is missing" "$store" "block 1 is not there" "did not end" --quantized "$store"
 "$helper" model "$work/longer" 3 "${sizes[@]:1}" || exit 1
 eval_ends "store: of another model" "$store" "2 blocks" "the model it was made from" --quantized "$store" --model "$work/longer"
 finish

@@ -28,7 +28,7 @@ check() {
     echo "ok - $what"
   else
     echo "not ok - $what"
-    [ -z "$said" ] || sed 's/^/#   /' <<<"$said"
+    [ -z "$said" ] || printf '#   %s\n' "${said//$'\n'/$'\n'#   }"
     failures=$((failures + 1))
   fi
 }

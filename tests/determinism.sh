@@ -1,5 +1,6 @@
 #!/bin/bash
 # determinism.sh OMNIQUANT TEST_HELPER: what is stored and what is measured do not depend on the number of ranks, nor on the day.
+# shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
 . "$(dirname "$0")/common.bash"
 
@@ -31,7 +32,7 @@ same_for_all_ranks() {
 }
 
 same_for_all_ranks "paper" golden/model_llama --wbits 3 --group-size 16 --samples 7
-same_for_all_ranks "search and sign" llama_gqa_tied --wbits 4 --group-size 0 --lwc-init search --optimizer sign --lwc-lr 1 --samples 6
+same_for_all_ranks "search and sign" llama_gqa_tied --wbits 4 --group-size 0 --lwc-init search --optimizer sign --sign-span 1 --samples 6
 same_for_all_ranks "both losses" qwen3 --wbits 2 --group-size 32 --aug-loss --symmetric --samples 6 --sampling sequential
 
 check "3 ranks finish" calibrate three llama_mha 3 --wbits 3 --group-size 16 --samples 7
