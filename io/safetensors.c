@@ -16,6 +16,7 @@
 #include "printable.h"
 
 enum { LENGTH_BYTES = 8, MAX_JSON_BYTES = 100000000 }; /* the limit of the format's own library */
+enum { AROUND_BYTES = 1 << 16 };                       /* who touches a page gets those around it too: what Linux maps at once */
 
 static const char INDEX_NAME[] = "model.safetensors.index.json";
 
@@ -232,7 +233,7 @@ static int header_parse(struct safetensors *checkpoint, const struct shard *shar
       continue;
     }
     struct tensor *tensor = &grown[checkpoint->tensor_count];
-    *tensor = (struct tensor){.name = strdup(key), .path = shard->path};
+    *tensor = (struct tensor){.name = strdup(key), .path = shard->path, .file = shard->map, .file_bytes = shard->bytes};
     if (!tensor->name) return out_of_memory(shard->path, error);
     checkpoint->tensor_count++;
     if (tensor_parse(tensor, entry, data, data_bytes, error)) return error->code;
@@ -442,12 +443,15 @@ void safetensors_prefetch(const struct tensor *tensor, size_t offset, size_t len
   madvise((void *)begin, end - begin, MADV_WILLNEED);
 }
 
+/* Neighbours that are in use lose pages with it, which come in again when they are touched. */
 void safetensors_release(const struct tensor *tensor, size_t offset, size_t length) {
-  uintptr_t begin, end, page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  uintptr_t begin, end, file = (uintptr_t)tensor->file;
   if (!range_of(tensor, offset, length, &begin, &end)) return;
-  begin = (begin + page - 1) / page * page; /* whole pages only: those at the edges may belong to a neighbour that is in use */
-  end -= end % page;
-  if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
+  begin -= begin % AROUND_BYTES;
+  end += AROUND_BYTES - end % AROUND_BYTES;
+  if (begin < file) begin = file;
+  if (end > file + tensor->file_bytes) end = file + tensor->file_bytes;
+  madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 void safetensors_close(struct safetensors *checkpoint) {

@@ -19,6 +19,8 @@ struct tensor {
   int64_t shape[TENSOR_MAX_DIMENSIONS]; /* row-major, slowest first */
   const void *data;                     /* in the mapping; not aligned to more than one byte */
   size_t bytes;                         /* of data */
+  const void *file;                     /* mapping that data lies in */
+  size_t file_bytes;                    /* of the mapping */
 };
 
 struct safetensors; /* an open checkpoint */

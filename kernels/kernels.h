@@ -143,7 +143,7 @@ struct kernels {
   /* What is stored: packed codes, fp16 scales and zero points (store.h), at rest. */
   void (*quantize_codes)(struct kernels *k, uint8_t *codes, uint16_t *scale, uint8_t *zero_point, const data *w, const float *f_hi,
                          const float *f_lo, const struct weight_shape *shape);
-  /* Search of method.md section 7 over groups [first, end): the pair of grid factors with the least sum of a_c (w_hat - w)^2. */
+  /* Search of method.md section 3 over groups [first, end): the pair of grid factors with the least sum of a_c (w_hat - w)^2. */
   void (*clip_search)(struct kernels *k, float *f_hi, float *f_lo, /* [groups], entries [first, end) assigned */
                       const data *w, const float *importance,      /* a: [columns] */
                       const struct weight_shape *shape, int64_t first, int64_t end);

@@ -1,4 +1,4 @@
-/* calibrate.h: the main job: from safetensors to a store of quantized blocks (method.md section 4). */
+/* calibrate.h: the main job: from safetensors to a store of quantized blocks (method.md section 2). */
 #ifndef OMNIQUANT_CALIBRATE_H
 #define OMNIQUANT_CALIBRATE_H
 

@@ -1,4 +1,4 @@
-/* evaluate.h: perplexity of a model, full precision or from a store (method.md section 5). */
+/* evaluate.h: perplexity of a model, full precision or from a store (method.md section 4). */
 #ifndef OMNIQUANT_EVALUATE_H
 #define OMNIQUANT_EVALUATE_H
 

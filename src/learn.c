@@ -80,7 +80,7 @@ static void target_pass(struct learner *l) {
   }
 }
 
-/* Loss of a sample's output y: method.md section 4, step 2. */
+/* Loss of a sample's output y: method.md section 2, step 2. */
 static void sample_loss(struct learner *l, float *loss, data *dy, int local, float weight) {
   l->k->mse(l->k, loss, dy, l->y, sample_at(l, l->samples->x_fp, local), sample_elements(l), weight, false);
   if (l->recipe->aug_loss) l->k->mse(l->k, loss, dy, l->y, sample_at(l, l->samples->target, local), sample_elements(l), weight, true);

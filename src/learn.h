@@ -1,4 +1,4 @@
-/* learn.h: block-wise error minimization (method.md section 4): finds the clipping factors of one block over this rank's samples. */
+/* learn.h: block-wise error minimization (method.md section 2): finds the clipping factors of one block over this rank's samples. */
 #ifndef OMNIQUANT_LEARN_H
 #define OMNIQUANT_LEARN_H
 

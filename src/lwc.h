@@ -1,4 +1,4 @@
-/* lwc.h: Learnable Weight Clipping (OmniQuant, arXiv 2308.13137, eq. 2; method.md sections 1 and 7) of all linear layers of a block:
+/* lwc.h: Learnable Weight Clipping (OmniQuant, arXiv 2308.13137, eq. 2; method.md sections 1 and 3) of all linear layers of a block:
  * a pair of factors a group shrinks the range that the codes cover. With AdamW they are sigmoid(gamma) and sigmoid(beta); with sign
  * updates they are learned themselves. */
 #ifndef OMNIQUANT_LWC_H

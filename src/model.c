@@ -1,10 +1,13 @@
 /* model.c: the table of families, and config.json. A family that is made of the parts below is one more row. */
 #include "model.h"
 
+#include <float.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
+
+#include "printable.h"
 
 enum presence { NEVER, ALWAYS, BY_CONFIG };
 
@@ -70,19 +73,29 @@ static bool config_bool(const struct config *config, const char *key, bool fallb
   return json_is_true(value);
 }
 
-/* A positive finite number of `object`; fallback 0 makes the key obligatory. */
+/* A positive number of `object` that fp32 holds; fallback 0 makes the key obligatory. */
 static double config_number(const struct config *config, const json_t *object, const char *key, double fallback) {
   const json_t *value = json_object_get(object, key);
   if ((!value || json_is_null(value)) && fallback > 0) return fallback;
   double number = json_number_value(value);
-  if (!(number > 0 && isfinite(number)))
+  if (!(number >= FLT_MIN && number <= FLT_MAX))
     error_set(config->error, ERROR_INPUT, "%s: %s: %s; it has to be a positive number", config->path, key,
-              value ? "not positive" : "missing");
+              !value             ? "missing"
+              : number > FLT_MAX ? "too large"
+                                 : "not positive");
   return number;
 }
 
 static bool present(const struct config *config, enum presence presence, const char *key) {
   return presence == ALWAYS || (presence == BY_CONFIG && config_bool(config, key, false));
+}
+
+/* Whether there is a set of settings for each kind of layer instead of one set. */
+static bool has_sets(const json_t *parameters) {
+  json_t *object = (json_t *)(uintptr_t)parameters; /* iterators take no const */
+  for (void *at = json_object_iter(object); at; at = json_object_iter_next(object, at))
+    if (json_is_object(json_object_iter_value(at))) return true;
+  return false;
 }
 
 /* transformers 4 writes rope_theta and rope_scaling, transformers 5 both inside rope_parameters. */
@@ -93,10 +106,15 @@ static void parse_rope(const struct config *config, struct rope_settings *rope) 
   rope->theta = config_number(config, thetas, "rope_theta", 10000);
   if (!scaling) return;
   const json_t *type = json_object_get(scaling, "rope_type");
-  const char *name = json_string_value(type ? type : json_object_get(scaling, "type"));
-  if (!json_is_object(scaling) || (!name && !parameters)) {
-    error_set(config->error, ERROR_INPUT, "%s: rope_scaling: no rope_type in it; it has to be default, linear or llama3", config->path);
-  } else if (!name || strcmp(name, "default") == 0) {
+  if (!type) type = json_object_get(scaling, "type");
+  const char *name = !type && parameters ? "default" : json_string_value(type);
+  if (!json_is_object(scaling) || !name) {
+    error_set(config->error, ERROR_INPUT, "%s: %s: no rope_type in it; it has to be default, linear or llama3", config->path,
+              parameters ? "rope_parameters" : "rope_scaling");
+  } else if (has_sets(scaling)) {
+    error_set(config->error, ERROR_INPUT, "%s: %s: several sets of settings in it; only one for all layers is supported", config->path,
+              parameters ? "rope_parameters" : "rope_scaling");
+  } else if (strcmp(name, "default") == 0) {
     rope->scaling = ROPE_PLAIN;
   } else if (strcmp(name, "linear") == 0) {
     rope->scaling = ROPE_LINEAR;
@@ -108,7 +126,8 @@ static void parse_rope(const struct config *config, struct rope_settings *rope) 
     rope->high_frequency_factor = config_number(config, scaling, "high_freq_factor", 0);
     rope->original_positions = config_number(config, scaling, "original_max_position_embeddings", 0);
   } else {
-    error_set(config->error, ERROR_INPUT, "%s: rope_type: \"%.40s\" is not supported; default, linear and llama3 are", config->path, name);
+    error_set(config->error, ERROR_INPUT, "%s: rope_type: \"%.40s\" is not supported; default, linear and llama3 are", config->path,
+              printable(name).text);
   }
 }
 
@@ -212,15 +231,17 @@ int model_parse(struct model *model, const char *text, const char *path, struct 
   json_error_t reason;
   json_t *root = json_loads(text, JSON_REJECT_DUPLICATES, &reason);
   if (!json_is_object(root)) {
+    bool parsed = root;
     json_decref(root);
-    return error_set(error, ERROR_INPUT, "%s:%d: not a JSON object: %s", path, reason.line, reason.text);
+    return error_set(error, ERROR_INPUT, "%s:%d: not a JSON object%s%s; it has to be the model's config.json", path,
+                     parsed ? 1 : reason.line, parsed ? "" : ": ", parsed ? "" : printable(reason.text).text);
   }
   struct config config = {root, path, error};
   const char *type = json_string_value(json_object_get(root, "model_type"));
   const struct family *family = type ? family_find(type) : NULL;
   if (!family) {
     error_set(error, ERROR_INPUT, "%s: model_type: %s%.60s%s is not supported; llama, mistral, qwen2 and qwen3 are", path, type ? "\"" : "",
-              type ? type : "a missing one", type ? "\"" : "");
+              type ? printable(type).text : "a missing one", type ? "\"" : "");
   } else {
     snprintf(model->model_type, sizeof model->model_type, "%s", type);
     refuse_unsupported(&config);

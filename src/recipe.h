@@ -11,7 +11,7 @@
 #include "setting.h"
 
 enum sampling { SAMPLING_RANDOM, SAMPLING_SEQUENTIAL };
-enum lwc_init { LWC_INIT_PAPER, LWC_INIT_SEARCH }; /* gamma = beta = 4, or the grid search of method.md section 7 */
+enum lwc_init { LWC_INIT_PAPER, LWC_INIT_SEARCH }; /* gamma = beta = 4, or the grid search of method.md section 3 */
 enum optimizer { OPTIMIZER_ADAMW, OPTIMIZER_SIGN };
 
 struct recipe {

@@ -5,10 +5,13 @@ set -u
 program=$1
 helper=$2
 fixtures=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/fixtures
-command -v mpirun >/dev/null || {
-  echo "skipped: no mpirun"
+skip() {
+  echo "skipped: $*"
   exit 77
 }
+sanitized() { grep -q __asan_init "$program"; }
+
+command -v mpirun >/dev/null || skip "no mpirun"
 
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMNIQUANT_PROGRESS=lines
 # Open MPI unloads its plugins before leaks are looked for, which then have no names to be suppressed by.

@@ -137,12 +137,22 @@ static inline float *poisoned_floats(struct memory *memory, int64_t count) {
 
 /* ---- expected tensors ---- */
 
-static inline struct safetensors *expected_open(const char *name /* under fixtures/ */) {
-  char path[1024];
+/* The path of something under fixtures/. */
+struct fixture_path {
+  char text[4096];
+};
+
+static inline struct fixture_path fixture_path(const char *folder, const char *name) {
+  struct fixture_path path;
+  int length = snprintf(path.text, sizeof path.text, "%s/%s%s%s", FIXTURES, folder, *name ? "/" : "", name);
+  assert_in_range(length, 1, sizeof path.text - 1);
+  return path;
+}
+
+static inline struct safetensors *expected_open(const char *folder, const char *name) {
   struct error error = {0};
   struct safetensors *file;
-  snprintf(path, sizeof path, "%s/%s", FIXTURES, name);
-  if (safetensors_open_file(path, &file, &error)) fail_msg("%s", error.message);
+  if (safetensors_open_file(fixture_path(folder, name).text, &file, &error)) fail_msg("%s", error.message);
   return file;
 }
 

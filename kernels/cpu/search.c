@@ -1,4 +1,4 @@
-/* search.c: the start of short runs (method.md section 7): for each group the clipping factors with the least weighted squared error.
+/* search.c: the start of short runs (method.md section 3): for each group the clipping factors with the least weighted squared error.
  * The importance of a column is the mean square of the activations that it multiplies. */
 #include "cpu/backend.h"
 
@@ -21,7 +21,6 @@ static void search_group(const struct group *group, const float *importance, con
   for (int a = 0; a < CLIP_SEARCH_STEPS; a++)
     for (int b = 0; b < CLIP_SEARCH_STEPS; b++) {
       float f_hi = 1 - CLIP_SEARCH_STRIDE * (float)a, f_lo = 1 - CLIP_SEARCH_STRIDE * (float)b;
-      if (quantizer->symmetric && a != b) continue; /* one range serves both ends */
       struct group_grid grid = quantizer_grid(quantizer, quantizer_high(f_hi, group->maximum), quantizer_low(f_lo, group->minimum), true);
       float error = weighted_error(group, importance, grid, top);
       if (error < least) {

@@ -1,0 +1,41 @@
+#!/bin/bash
+# memory.sh OMNIQUANT TEST_HELPER: peak memory does not grow with the number of blocks, in calibrate and in eval, by the program's own count.
+# shellcheck disable=SC2317 # functions are called through check
+# shellcheck source=tests/common.bash
+. "$(dirname "$0")/common.bash"
+! sanitized || skip "a build with sanitizers, which keeps freed memory"
+most=0.05 # relative difference
+block=(384 6 2 1024 256 F32) # 6 MiB
+
+# calibrate_peak BLOCKS: sets peak to the MiB of the rank that took most.
+calibrate_peak() {
+  peak=$(launch 2 calibrate --model "$work/model $1" --tokens "$work/tokens.h5" --output "$work/out $1" --wbits 4 --group-size 64 --epochs 1 \
+    --batch 2 --samples 4 --seqlen 32 2>"$work/log" | sed -n 's/.*peak memory \([0-9]*\) MiB a rank.*/\1/p')
+  [ -n "$peak" ] || cat "$work/log"
+}
+
+# eval_peak BLOCKS FLAG...
+eval_peak() {
+  peak=$(launch 2 eval --model "$work/model $1" --tokens "$work/tokens.h5" --seqlen 32 --windows 4 --json "${@:2}" 2>"$work/log" |
+    sed -n 's/^ *"peak_rss_mib": \([0-9.]*\).*/\1/p')
+  [ -n "$peak" ] || cat "$work/log"
+}
+
+# compare WHAT FEW MANY
+compare() {
+  echo "# $1: $2 MiB for 4 blocks, $3 MiB for 32"
+  check "$1: 32 blocks take no more than 4" near "$2" "$3" "$most"
+}
+
+"$helper" tokens "$work/tokens.h5" 200 256 1 || exit 1
+for blocks in 4 32; do "$helper" model "$work/model $blocks" $blocks "${block[@]}" || exit 1; done
+calibrate_peak 4 && few=$peak
+calibrate_peak 32
+compare "calibrate" "$few" "$peak"
+eval_peak 4 && few=$peak
+eval_peak 32
+compare "eval" "$few" "$peak"
+eval_peak 4 --quantized "$work/out 4" && few=$peak
+eval_peak 32 --quantized "$work/out 32"
+compare "eval of a store" "$few" "$peak"
+finish
