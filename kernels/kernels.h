@@ -137,9 +137,10 @@ struct kernels {
   /* w_hat = fake-quantized w. at_rest: with the scale rounded to fp16, exactly what is stored. */
   void (*quantize_forward)(struct kernels *k, data *w_hat, const data *w, const float *f_hi, const float *f_lo,
                            const struct weight_shape *shape, bool at_rest);
-  /* Straight-through gradients of the factors. */
+  /* Straight-through gradients of the factors, for weights quantized by quantize_forward with the same at_rest. */
   void (*quantize_backward)(struct kernels *k, float *df_hi, float *df_lo, /* [groups] assigned */
-                            const data *dw_hat, const data *w, const float *f_hi, const float *f_lo, const struct weight_shape *shape);
+                            const data *dw_hat, const data *w, const float *f_hi, const float *f_lo, const struct weight_shape *shape,
+                            bool at_rest);
   /* What is stored: packed codes, fp16 scales and zero points (store.h), at rest. */
   void (*quantize_codes)(struct kernels *k, uint8_t *codes, uint16_t *scale, uint8_t *zero_point, const data *w, const float *f_hi,
                          const float *f_lo, const struct weight_shape *shape);

@@ -207,7 +207,7 @@ void learner_step(struct learner *l, int step, int steps) {
   int64_t count = 2 * l->lwc->groups;
   int in_epoch = step % l->shard->steps;
   struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
-  lwc_quantize(l->lwc, l->block, l->lwc->factor, false);
+  lwc_quantize(l->lwc, l->block, l->lwc->factor, l->lwc->stored_scale);
   shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, count + 1);
   l->k->copy(l->k, l->step_loss + step, l->gradient + count, sizeof(float));
   update(l, step, steps);

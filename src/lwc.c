@@ -5,7 +5,7 @@ static const float START_GAMMA = 4.0f;
 static const float LARGEST_SEARCHED = 0.982f; /* sigmoid(4): a start that leaves gamma a gradient */
 
 int lwc_init(struct lwc *lwc, const struct model *model, struct kernels *k, const struct recipe *recipe, struct error *error) {
-  *lwc = (struct lwc){.k = k, .sigmoid = recipe->optimizer == OPTIMIZER_ADAMW};
+  *lwc = (struct lwc){.k = k, .sigmoid = recipe->optimizer == OPTIMIZER_ADAMW, .stored_scale = recipe->stored_scale};
   for (int i = 0; i < LINEARS; i++) {
     const struct linear *linear = &model->linear[i];
     int64_t group = recipe->group_size && recipe->group_size < linear->columns ? recipe->group_size : linear->columns;
@@ -65,5 +65,5 @@ void lwc_quantize(const struct lwc *lwc, struct block *block, const float *facto
 void lwc_backward(const struct lwc *lwc, const struct block *block, enum linear_role role, const data *dw, float *gradient) {
   int64_t first = lwc->first[role];
   lwc->k->quantize_backward(lwc->k, gradient + first, gradient + lwc->groups + first, dw, block_weight(block, role, BLOCK_FULL),
-                            lwc->factor + first, lwc->factor + lwc->groups + first, &lwc->shape[role]);
+                            lwc->factor + first, lwc->factor + lwc->groups + first, &lwc->shape[role], lwc->stored_scale);
 }

@@ -14,6 +14,7 @@ struct lwc {
   int64_t first[LINEARS]; /* first group of each linear layer */
   int64_t groups;         /* of all linear layers of the block */
   bool sigmoid;           /* parameters are gamma and beta; else the factors themselves */
+  bool stored_scale;      /* training uses the scale as it is stored, in fp16 */
   /* Device memory, [2 * groups]: of all layers f_hi (gamma), then of all f_lo (beta). */
   float *parameter, *factor;
 };
@@ -37,7 +38,8 @@ void lwc_update_factors(struct lwc *lwc);
 void lwc_quantize(const struct lwc *lwc, struct block *block, const float *factor, /* [2 * groups], or NULL: round to nearest */
                   bool at_rest);                                                   /* with the scale as stored */
 
-/* gradient[2 * groups] of the factors: the part of one layer's, from that of its effective weight. */
+/* gradient[2 * groups] of the factors: the part of one layer's, from that of its effective weight as training quantizes it
+ * (lwc_quantize with at_rest = stored_scale). */
 void lwc_backward(const struct lwc *lwc, const struct block *block, enum linear_role role, const data *dw, float *gradient);
 
 #endif

@@ -44,7 +44,7 @@ static struct result quantize(struct memory *d, const struct weight_shape *shape
     uint16_t *scale = poisoned_bytes(d, (size_t)groups * sizeof *scale);
     k->quantize_forward(k, y, dev_w, hi, lo, shape, false);
     k->quantize_forward(k, y_rest, dev_w, hi, lo, shape, true);
-    k->quantize_backward(k, df_hi, df_lo, dev_dw, dev_w, hi, lo, shape);
+    k->quantize_backward(k, df_hi, df_lo, dev_dw, dev_w, hi, lo, shape, false);
     k->quantize_codes(k, codes, scale, zero_point, dev_w, hi, lo, shape);
     r[run] = (struct result){fetched_data(d, y, count),
                              fetched_data(d, y_rest, count),

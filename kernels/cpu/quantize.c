@@ -50,13 +50,13 @@ static void quantize_forward(struct kernels *k, data *w_hat, const data *w, cons
 }
 
 static void quantize_backward(struct kernels *k, float *df_hi, float *df_lo, const data *dw_hat, const data *w, const float *f_hi,
-                              const float *f_lo, const struct weight_shape *shape) {
+                              const float *f_lo, const struct weight_shape *shape, bool at_rest) {
   (void)k;
   float top = quantizer_top(&shape->quantizer);
 #pragma omp parallel for schedule(static)
   for (int64_t g = 0; g < weight_groups(shape); g++) {
     struct group group = group_at(w, f_hi, f_lo, shape, g);
-    struct group_grid grid = grid_of(&group, &shape->quantizer, false);
+    struct group_grid grid = grid_of(&group, &shape->quantizer, at_rest);
     const float *dw = (const float *)dw_hat + group.offset;
     float dscale = 0, slope_hi, slope_lo;
 #pragma omp simd reduction(+ : dscale)
