@@ -30,6 +30,7 @@ options() {
   [ -x "$program" ] || fail "$program is not there; build it, or give --program"
   if [ ! -d "$model" ] || [ ! -e "$tokens" ]; then
     fail "$model or $tokens is not there; run scripts/quickstart.sh, or give --model and --tokens"
+  fi
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMNIQUANT_PROGRESS=lines
   work=$(mktemp -d)
   trap 'rm -rf "$work"' EXIT

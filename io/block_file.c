@@ -312,7 +312,7 @@ static int dataset_read(struct reader *reader, const char *path, enum element el
   if (!failed) failed = dataset_check(reader, dataset, path, element, dimensions, shape, &bytes);
   if (failed) goto done;
   reader->budget_bytes -= bytes;
-  buffer = malloc(bytes > 0 ? (size_t)bytes : 1);
+  buffer = calloc(bytes > 0 ? (size_t)bytes : 1, 1);
   memory = element_type(element, true);
   if (!buffer || memory < 0) {
     failed = error_set(reader->site.error, ERROR_WORK, "%s: out of memory", reader->site.path);
@@ -335,7 +335,7 @@ static int part_read(struct reader *reader, const struct quantized_linear *linea
                      int64_t columns, void **values) {
   char path[PATH_BYTES], message[160];
   int dimensions = 0;
-  int64_t shape[2];
+  int64_t shape[2] = {0};
   snprintf(path, sizeof path, "%s/%s", linear->name, part);
   int failed = dataset_read(reader, path, element, &dimensions, shape, values);
   if (failed || (dimensions == 2 && shape[0] == rows && shape[1] == columns)) return failed;
@@ -348,7 +348,7 @@ static int part_read(struct reader *reader, const struct quantized_linear *linea
 static int rows_read(struct reader *reader, struct quantized_linear *linear) {
   char path[PATH_BYTES];
   int dimensions;
-  int64_t shape[2], bytes;
+  int64_t shape[2] = {0}, bytes = 0;
   snprintf(path, sizeof path, "%s/codes", linear->name);
   hid_t dataset = H5Dopen2(reader->block, path, H5P_DEFAULT);
   if (dataset < 0) return hdf5_read_failed(&reader->site, path);

@@ -87,6 +87,7 @@ static void run_open(struct run *run, const struct golden *golden, struct kernel
   run->recipe.aug_loss = golden->aug_loss;
   run->recipe.lwc_init = LWC_INIT_PAPER;
   run->recipe.optimizer = OPTIMIZER_ADAMW;
+  run->recipe.stored_scale = false; /* their scales are never rounded */
   run->recipe.epochs = EPOCHS;
   run->recipe.batch = 1;
   run->recipe.lwc_lr = 1e-2;

@@ -8,8 +8,9 @@ enum { ROWS = 6, COLUMNS = 96, COUNT = ROWS * COLUMNS }; /* of the fixtures */
 
 /* What the quantizer gives for one matrix. */
 struct result {
-  float *y, *y_rest, *df_hi, *df_lo; /* host */
-  uint8_t *codes;                    /* packed */
+  float *y[2];                /* host; in training with fp32 scales, and at rest */
+  float *df_hi[2], *df_lo[2]; /* likewise */
+  uint8_t *codes;             /* packed */
   uint16_t *scale;
   uint8_t *zero_point;
 };
@@ -38,27 +39,30 @@ static struct result quantize(struct memory *d, const struct weight_shape *shape
   float *hi = f_hi ? device_floats(d, f_hi, groups) : NULL, *lo = f_lo ? device_floats(d, f_lo, groups) : NULL;
   struct result r[2];
   for (int run = 0; run < 2; run++) {
-    data *y = poisoned_data(d, count), *y_rest = poisoned_data(d, count);
-    float *df_hi = poisoned_floats(d, groups), *df_lo = poisoned_floats(d, groups);
     uint8_t *codes = poisoned_bytes(d, code_bytes), *zero_point = poisoned_bytes(d, (size_t)groups);
     uint16_t *scale = poisoned_bytes(d, (size_t)groups * sizeof *scale);
-    k->quantize_forward(k, y, dev_w, hi, lo, shape, false);
-    k->quantize_forward(k, y_rest, dev_w, hi, lo, shape, true);
-    k->quantize_backward(k, df_hi, df_lo, dev_dw, dev_w, hi, lo, shape, false);
+    for (int at_rest = 0; at_rest < 2; at_rest++) {
+      data *y = poisoned_data(d, count);
+      float *df_hi = poisoned_floats(d, groups), *df_lo = poisoned_floats(d, groups);
+      k->quantize_forward(k, y, dev_w, hi, lo, shape, at_rest);
+      k->quantize_backward(k, df_hi, df_lo, dev_dw, dev_w, hi, lo, shape, at_rest);
+      r[run].y[at_rest] = fetched_data(d, y, count);
+      r[run].df_hi[at_rest] = fetched_floats(d, df_hi, groups);
+      r[run].df_lo[at_rest] = fetched_floats(d, df_lo, groups);
+    }
     k->quantize_codes(k, codes, scale, zero_point, dev_w, hi, lo, shape);
-    r[run] = (struct result){fetched_data(d, y, count),
-                             fetched_data(d, y_rest, count),
-                             fetched_floats(d, df_hi, groups),
-                             fetched_floats(d, df_lo, groups),
-                             fetched_bytes(d, codes, code_bytes),
-                             fetched_bytes(d, scale, (size_t)groups * sizeof *scale),
-                             fetched_bytes(d, zero_point, (size_t)groups)};
+    r[run].codes = fetched_bytes(d, codes, code_bytes);
+    r[run].scale = fetched_bytes(d, scale, (size_t)groups * sizeof *scale);
+    r[run].zero_point = fetched_bytes(d, zero_point, (size_t)groups);
   }
-  assert_memory_equal(r[0].y, r[1].y, (size_t)count * sizeof(float));
-  assert_memory_equal(r[0].y_rest, r[1].y_rest, (size_t)count * sizeof(float));
-  assert_memory_equal(r[0].df_hi, r[1].df_hi, (size_t)groups * sizeof(float));
-  assert_memory_equal(r[0].df_lo, r[1].df_lo, (size_t)groups * sizeof(float));
+  for (int at_rest = 0; at_rest < 2; at_rest++) {
+    assert_memory_equal(r[0].y[at_rest], r[1].y[at_rest], (size_t)count * sizeof(float));
+    assert_memory_equal(r[0].df_hi[at_rest], r[1].df_hi[at_rest], (size_t)groups * sizeof(float));
+    assert_memory_equal(r[0].df_lo[at_rest], r[1].df_lo[at_rest], (size_t)groups * sizeof(float));
+  }
   assert_memory_equal(r[0].codes, r[1].codes, code_bytes);
+  assert_memory_equal(r[0].scale, r[1].scale, (size_t)groups * sizeof(uint16_t));
+  assert_memory_equal(r[0].zero_point, r[1].zero_point, (size_t)groups);
   return r[0];
 }
 
@@ -177,14 +181,14 @@ static void fixtures_are_met(void **context) {
       struct result r = quantize(&d, &c.shape, x, g, f_hi, f_lo);
       check_stored(&c, &r);
       for (int64_t j = 0; j < COUNT; j++) {
-        bound_check(&bounds[1], relative(r.y[j], c.y[j]), c.name);
-        bound_check(&bounds[2], relative(r.y_rest[j], c.y_rest[j]), c.name);
+        bound_check(&bounds[1], relative(r.y[0][j], c.y[j]), c.name);
+        bound_check(&bounds[2], relative(r.y[1][j], c.y_rest[j]), c.name);
       }
       for (int64_t j = 0; j < groups; j++) {
         int64_t begin = group_begin(&c.shape, j);
         double size = gradient_size(&c.shape.quantizer, x + begin, g + begin, group_length(&c.shape, j), c.scale[j]);
-        check_gradient(&bounds[3], r.df_hi[j], c.df_hi[j], size, c.name);
-        check_gradient(&bounds[3], r.df_lo[j], c.df_lo[j], size, c.name);
+        check_gradient(&bounds[3], r.df_hi[0][j], c.df_hi[j], size, c.name);
+        check_gradient(&bounds[3], r.df_lo[0][j], c.df_lo[j], size, c.name);
       }
       memory_free(&d);
     }
@@ -224,13 +228,13 @@ static void reference_vectors_are_met(void **context) {
       }
       struct result r = quantize(&d, &shape, x, gout, factor[0], factor[1]);
       for (int end = 0; end < 2; end++) {
-        float *slope = device_floats(&d, end ? r.df_lo : r.df_hi, groups);
+        float *slope = device_floats(&d, end ? r.df_lo[0] : r.df_hi[0], groups);
         k->sigmoid_backward(k, slope, slope, device_floats(&d, parameter[end], groups), groups);
         got[end] = fetched_floats(&d, slope, groups);
       }
       for (int64_t row = 0; row < ROWS; row++) {
         if (row == ONE_SIGN) continue;
-        for (int64_t j = row * COLUMNS; j < (row + 1) * COLUMNS; j++) bound_check(&bounds[0], relative(r.y[j], y[j]), name);
+        for (int64_t j = row * COLUMNS; j < (row + 1) * COLUMNS; j++) bound_check(&bounds[0], relative(r.y[0][j], y[j]), name);
         for (int64_t j = row * per_row; j < (row + 1) * per_row; j++) {
           double size = fmax(fabs(want[0][j]), fabs(want[1][j]));
           check_gradient(&bounds[1], got[0][j], want[0][j], size, name);
@@ -247,14 +251,15 @@ static void reference_vectors_are_met(void **context) {
 
 /* ---- finite differences ---- */
 
-/* One group in double. Straight-through: what round() adds, the zero point, and which codes are held at an end, are frozen where they were
- * first computed, so that the loss is smooth in the factors and its slope is the one that training uses. */
+/* One group in double. Straight-through: what round() adds to x and, at rest, to the scale, the zero point, and which codes are held at an
+ * end, are frozen where they were first computed, so that the loss is smooth in the factors and its slope is the one that training uses. */
 struct soft_group {
   const float *w, *dw;
   int64_t length;
   int bits;
   bool symmetric;
   double maximum, minimum;
+  double rounding;             /* of the scale to fp16; 0 in fp32 */
   double zero_point, *residue; /* round(x) - x */
   int *held;                   /* -1: at code 0, 1: at code Q, 0: between */
 };
@@ -262,18 +267,24 @@ struct soft_group {
 static double soft_scale(const struct soft_group *s, double f_hi, double f_lo) {
   double high = fmax(f_hi * s->maximum, 0), low = fmin(f_lo * s->minimum, 0), top = pow(2, s->bits) - 1;
   double scale = s->symmetric ? fmax(high, -low) / (pow(2, s->bits - 1) - 1) : (high - low) / top;
-  return fmin(fmax(scale, 1e-5), 1e4);
+  return fmin(fmax(scale, 1e-5), 1e4) + s->rounding;
+}
+
+static bool near_tie(double x) {
+  return fabs(fabs(x - rint(x)) - 0.5) < 1e-4;
 }
 
 /* Freezes the decisions; false where one of them hangs on the last bits of a float. */
-static bool soft_freeze(struct soft_group *s, double f_hi, double f_lo) {
-  const double near = 1e-4;
+static bool soft_freeze(struct soft_group *s, double f_hi, double f_lo, bool at_rest) {
+  s->rounding = 0;
+  double exact = soft_scale(s, f_hi, f_lo), unit = exp2(floor(log2(exact)) - 10); /* of fp16 */
+  if (at_rest) s->rounding = rint(exact / unit) * unit - exact;
   double scale = soft_scale(s, f_hi, f_lo), offset = s->symmetric ? pow(2, s->bits - 1) : -fmin(f_lo * s->minimum, 0) / scale;
-  bool clear = s->symmetric || fabs(fabs(offset - rint(offset)) - 0.5) > near;
+  bool clear = (s->symmetric || !near_tie(offset)) && !(at_rest && near_tie(exact / unit));
   s->zero_point = rint(offset);
   for (int64_t i = 0; i < s->length; i++) {
     double x = s->w[i] / scale, code = rint(x) + s->zero_point;
-    clear = clear && fabs(fabs(x - rint(x)) - 0.5) > near;
+    clear = clear && !near_tie(x);
     s->residue[i] = rint(x) - x;
     s->held[i] = code <= 0 ? -1 : code >= pow(2, s->bits) - 1 ? 1 : 0;
   }
@@ -293,7 +304,7 @@ static double soft_loss(const struct soft_group *s, double f_hi, double f_lo) {
   return loss;
 }
 
-static void check_soft(struct bound *bounds, const struct weight_shape *shape, uint64_t seed) {
+static void check_soft(struct bound *bounds, const struct weight_shape *shape, bool at_rest, uint64_t seed) {
   struct memory m = {0};
   const double h = 1e-4;
   uint64_t state = seed;
@@ -303,16 +314,22 @@ static void check_soft(struct bound *bounds, const struct weight_shape *shape, u
   double *want[] = {host_doubles(&m, groups), host_doubles(&m, groups)}, *y = host_doubles(&m, count), *size = host_doubles(&m, groups);
   bool *clear = host(&m, groups, sizeof *clear);
   char where[80];
-  snprintf(where, sizeof where, "%d bits, %s, %lld columns in groups of %lld", shape->quantizer.bits,
+  snprintf(where, sizeof where, "%d bits, %s%s, %lld columns in groups of %lld", shape->quantizer.bits, at_rest ? "at rest, " : "",
            shape->quantizer.symmetric ? "symmetric" : "asymmetric", (long long)shape->columns, (long long)shape->quantizer.group_size);
   for (int64_t g = 0; g < groups; g++) {
     int64_t begin = group_begin(shape, g), length = group_length(shape, g);
-    struct soft_group s = {w + begin, dw + begin, length, shape->quantizer.bits,    shape->quantizer.symmetric,
-                           w[begin],  w[begin],   0,      host_doubles(&m, length), host(&m, length, sizeof(int))};
+    struct soft_group s = {.w = w + begin,
+                           .dw = dw + begin,
+                           .length = length,
+                           .bits = shape->quantizer.bits,
+                           .symmetric = shape->quantizer.symmetric,
+                           .residue = host_doubles(&m, length),
+                           .held = host(&m, length, sizeof(int))};
+    s.maximum = s.minimum = s.w[0];
     for (int64_t i = 0; i < length; i++) s.maximum = fmax(s.maximum, s.w[i]), s.minimum = fmin(s.minimum, s.w[i]);
     double f[2];
     for (int end = 0; end < 2; end++) f[end] = factor[end][g] = (float)(0.4 + 0.6 * random_uniform(&state));
-    clear[g] = soft_freeze(&s, f[0], f[1]);
+    clear[g] = soft_freeze(&s, f[0], f[1], at_rest);
     if (s.symmetric && fabs(f[0] * s.maximum + f[1] * s.minimum) < 0.01) clear[g] = false; /* near the corner of the maximum */
     skipped += !clear[g];
     for (int64_t i = 0; i < length; i++) y[begin + i] = soft_value(&s, soft_scale(&s, f[0], f[1]), i);
@@ -326,13 +343,12 @@ static void check_soft(struct bound *bounds, const struct weight_shape *shape, u
     struct result r = quantize(&d, shape, w, dw, factor[0], factor[1]);
     for (int64_t i = 0; i < count; i++) {
       int64_t g = i / shape->columns * per_row + i % shape->columns / shape->quantizer.group_size;
-      if (clear[g] && y[i] != 0) bound_check(&bounds[0], relative(r.y[i], y[i]), where);
-      if (clear[g] && fabs(y[i]) < 1e-12) assert_true(fabsf(r.y[i]) < 1e-6f);
+      if (clear[g]) bound_check(&bounds[0], relative(r.y[at_rest][i], y[i]), where);
     }
     for (int64_t g = 0; g < groups; g++) {
       if (!clear[g]) continue;
-      check_gradient(&bounds[1], r.df_hi[g], want[0][g], size[g], where);
-      check_gradient(&bounds[1], r.df_lo[g], want[1][g], size[g], where);
+      check_gradient(&bounds[1], r.df_hi[at_rest][g], want[0][g], size[g], where);
+      check_gradient(&bounds[1], r.df_lo[at_rest][g], want[1][g], size[g], where);
     }
     memory_free(&d);
   }
@@ -345,8 +361,9 @@ static void gradients_are_those_of_a_soft_model(void **context) {
   const struct { int64_t columns, group; } sizes[] = {{7, 7}, {50, 13}, {65, 64}, {96, 33}};
   for (int bits = 2; bits <= 8; bits++)
     for (int symmetric = 0; symmetric < 2; symmetric++)
-      for (int i = 0; i < 4; i++)
-        check_soft(bounds, &(struct weight_shape){9, sizes[i].columns, {bits, symmetric, sizes[i].group}}, (uint64_t)(bits * 10 + i));
+      for (int i = 0; i < 8; i++)
+        check_soft(bounds, &(struct weight_shape){9, sizes[i / 2].columns, {bits, symmetric, sizes[i / 2].group}}, i % 2,
+                   (uint64_t)(bits * 10 + i));
   bound_print(bounds, 2);
 }
 
@@ -378,7 +395,7 @@ static void stored_weights_are_those_at_rest(void **context) {
                                         .zero_point = r.zero_point};
       float *weights = poison(&d, count);
       dequantize_linear(&stored, weights);
-      assert_memory_equal(weights, r.y_rest, (size_t)count * sizeof *weights);
+      assert_memory_equal(weights, r.y[1], (size_t)count * sizeof *weights);
       memory_free(&d);
     }
     memory_free(&m);
