@@ -113,6 +113,8 @@ int main(int argc, char **argv) {
       .wbits = a.bits, .group_size = a.group, .lwc = true, .epochs = a.steps + 3, .batch = 1, .lwc_lr = 1e-2, .samples = 1};
   struct world world = {.size = 1, .local_size = 1};
   struct kernels *k = kernels_open("cpu", a.threads, &error);
+  char *image = NULL;
+  double *step_seconds = NULL, *product_seconds = NULL;
   struct block block;
   struct lwc lwc;
   struct shard shard;
@@ -123,8 +125,9 @@ int main(int argc, char **argv) {
   int64_t elements = (int64_t)a.tokens * a.hidden;
   struct samples samples = {k->allocate(k, (size_t)elements * 4), k->allocate(k, (size_t)elements * 4), NULL};
   struct learner learner = {.recipe = &recipe, .world = &world, .k = k, .block = &block, .lwc = &lwc, .shard = &shard, .samples = &samples};
-  char *image = calloc(1, model.image_bytes);
-  double *step_seconds = calloc((size_t)a.steps, sizeof *step_seconds), *product_seconds = calloc((size_t)a.steps, sizeof *step_seconds);
+  image = calloc(1, model.image_bytes);
+  step_seconds = calloc((size_t)a.steps, sizeof *step_seconds);
+  product_seconds = calloc((size_t)a.steps, sizeof *product_seconds);
   if (!image || !samples.x_fp || !samples.x_q || !step_seconds || !product_seconds || learner_init(&learner, &error)) goto fail;
   fill_image(&model, image);
   block_load(&block, image);
@@ -165,6 +168,9 @@ int main(int argc, char **argv) {
   k->close(k);
   return 0;
 fail:
+  free(image);
+  free(step_seconds);
+  free(product_seconds);
   fprintf(stderr, "step: %s\n", error.message);
   return 1;
 }

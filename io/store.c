@@ -122,7 +122,7 @@ static int master_write(const struct store *store, struct error *error) {
   struct hdf5_site site = {temporary, error};
   struct hdf5_image image = {0};
   int failed = error->code;
-  if (failed) goto done;
+  if (!path || !temporary) goto done;
   hdf5_enter();
   hid_t file = hdf5_create(&site, &image);
   failed = file < 0 ? error->code : info_write(&site, file, &store->info);
@@ -275,7 +275,8 @@ static int folder_make(const char *folder, bool *made, struct error *error) {
 
 static int store_begin(struct store *store, struct error *error) {
   char *blocks = path_join(store->folder, "blocks", error);
-  int failed = blocks ? folder_make(store->folder, &store->folder_created, error) : error->code;
+  if (!blocks) return error->code;
+  int failed = folder_make(store->folder, &store->folder_created, error);
   if (!failed) failed = folder_check_empty(store->folder, error);
   if (failed) goto done;
   if (mkdir(blocks, 0777) != 0) { /* also decides between two that begin at once */
@@ -362,8 +363,10 @@ int store_write_block(struct store *store, const struct block_record *record, st
     error_set(error, ERROR_WORK, "%s: out of memory", path);
   }
   int failed = error->code;
-  if (!failed) failed = block_file_write(temporary, record, error);
-  if (!failed) failed = file_commit(temporary, path, blocks, error);
+  if (path && temporary && blocks) {
+    failed = block_file_write(temporary, record, error);
+    if (!failed) failed = file_commit(temporary, path, blocks, error);
+  }
   if (!failed) failed = master_write(store, error);
   free(blocks);
   free(temporary);

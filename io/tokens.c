@@ -112,7 +112,7 @@ int tokens_read(struct tokens *tokens, int64_t first, int64_t count, int64_t voc
                      "%s: %lld tokens from position %lld on are asked for but the file holds %lld; take fewer or tokenize more text",
                      tokens->path, (long long)count, (long long)first, (long long)tokens->count);
   }
-  int64_t *piece = malloc(PIECE * sizeof *piece);
+  int64_t *piece = calloc(PIECE, sizeof *piece);
   if (!piece) return error_set(error, ERROR_WORK, "%s: out of memory", tokens->path);
   for (int64_t done = 0; done < count && !failed; done += PIECE) {
     int64_t length = count - done < PIECE ? count - done : PIECE;
@@ -126,7 +126,7 @@ int tokens_read(struct tokens *tokens, int64_t first, int64_t count, int64_t voc
 /* Feeds all ids to the digest. */
 static int digest_update(struct tokens *tokens, EVP_MD_CTX *digest, struct error *error) {
   int failed = 0;
-  int64_t *ids = malloc(PIECE * sizeof *ids);
+  int64_t *ids = calloc(PIECE, sizeof *ids);
   unsigned char *bytes = malloc(PIECE * 4);
   if (!ids || !bytes) failed = error_set(error, ERROR_WORK, "%s: out of memory", tokens->path);
   for (int64_t first = 0; first < tokens->count && !failed; first += PIECE) {

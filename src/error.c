@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+#undef error_set
 int error_set(struct error *error, int code, const char *format, ...) {
   if (error->code == 0) {
     va_list arguments;

@@ -1,8 +1,10 @@
 /* test_block.c: for each random model of the fixtures, what transformers and torch's autograd computed with it: forward of both blocks, the
- * gradients of block 1, logits and mean negative log-likelihood through the head in pieces. Rotary tables against the published formulas. */
+ * gradients of block 1, logits and mean negative log-likelihood through the head in pieces. Rotary tables against the published formulas.
+ * Clipping of a whole block is that of each linear layer with its own factors. */
 #include "block.h"
 #include "checkpoint.h"
 #include "compare.h"
+#include "lwc.h"
 
 enum { SAMPLES = 2, TOKENS = 24, BLOCKS = 2, TRAINED = 1 };
 
@@ -283,11 +285,102 @@ static void rotary_tables_follow_the_formulas(void **context) {
   bound_print(&bound, 1);
 }
 
+/* ---- clipping ---- */
+
+/* Where a linear layer's factors of one end begin. */
+static float *factors_of(const struct lwc *lwc, float *values, int role, int end) {
+  return values + end * lwc->groups + lwc->first[role];
+}
+
+/* lwc_quantize and lwc_backward against the kernels called for each layer by itself, with factors that differ everywhere. */
+static void check_layers(struct memory *d, struct lwc *lwc, struct block *block, const float *parameter, uint64_t *state) {
+  struct kernels *k = d->k;
+  int64_t both = 2 * lwc->groups;
+  float *factor = poisoned_floats(d, both), *gradient = poisoned_floats(d, both);
+  k->upload(k, lwc->parameter, parameter, (size_t)both * sizeof(float));
+  lwc_update_factors(lwc);
+  if (lwc->sigmoid)
+    k->sigmoid_forward(k, factor, lwc->parameter, both);
+  else
+    k->upload(k, factor, parameter, (size_t)both * sizeof(float));
+  assert_memory_equal(fetched_floats(d, lwc->factor, both), fetched_floats(d, factor, both), (size_t)both * sizeof(float));
+  for (int at_rest = 0; at_rest < 2; at_rest++) {
+    lwc_quantize(lwc, block, lwc->factor, at_rest);
+    for (int i = 0; i < LINEARS; i++) {
+      enum linear_role role = (enum linear_role)i;
+      int64_t count = lwc->shape[i].rows * lwc->shape[i].columns, groups = weight_groups(&lwc->shape[i]);
+      const float *hi = factors_of(lwc, factor, i, 0), *lo = factors_of(lwc, factor, i, 1);
+      const data *w = block_weight(block, role, BLOCK_FULL), *dw = device_data(d, random_floats(d, state, count), count);
+      data *w_hat = poisoned_data(d, count);
+      float *df_hi = poisoned_floats(d, groups), *df_lo = poisoned_floats(d, groups);
+      size_t bytes = (size_t)groups * sizeof(float);
+      k->quantize_forward(k, w_hat, w, hi, lo, &lwc->shape[i], at_rest);
+      assert_memory_equal(fetched_data(d, block_effective(block, role), count), fetched_data(d, w_hat, count),
+                          (size_t)count * sizeof(float));
+      k->quantize_backward(k, df_hi, df_lo, dw, w, hi, lo, &lwc->shape[i], lwc->stored_scale);
+      lwc_backward(lwc, block, role, dw, gradient);
+      assert_memory_equal(fetched_floats(d, factors_of(lwc, gradient, i, 0), groups), fetched_floats(d, df_hi, groups), bytes);
+      assert_memory_equal(fetched_floats(d, factors_of(lwc, gradient, i, 1), groups), fetched_floats(d, df_lo, groups), bytes);
+    }
+  }
+}
+
+/* The search's factors are each layer's own; as gamma and beta they start no higher than where a gradient is left. */
+static void check_search(struct memory *d, struct lwc *lwc, struct block *block, uint64_t *state) {
+  struct kernels *k = d->k;
+  struct world world = {.size = 1, .local_size = 1};
+  const float *importance[LINEARS];
+  float limit = lwc->sigmoid ? 0.982f : 1;
+  for (int i = 0; i < LINEARS; i++) {
+    float *squares = random_floats(d, state, lwc->shape[i].columns);
+    for (int64_t c = 0; c < lwc->shape[i].columns; c++) squares[c] *= squares[c];
+    importance[i] = device_floats(d, squares, lwc->shape[i].columns);
+  }
+  lwc_search(lwc, block, importance, &world);
+  const float *got = fetched_floats(d, lwc->factor, 2 * lwc->groups);
+  for (int i = 0; i < LINEARS; i++) {
+    int64_t groups = weight_groups(&lwc->shape[i]);
+    float *end[] = {poisoned_floats(d, groups), poisoned_floats(d, groups)};
+    k->clip_search(k, end[0], end[1], block_weight(block, (enum linear_role)i, BLOCK_FULL), importance[i], &lwc->shape[i], 0, groups);
+    for (int e = 0; e < 2; e++) {
+      const float *want = fetched_floats(d, end[e], groups), *mine = got + e * lwc->groups + lwc->first[i];
+      for (int64_t g = 0; g < groups; g++) assert_true(fabsf(mine[g] - fminf(want[g], limit)) <= 1e-6f);
+    }
+  }
+}
+
+static void clipping_is_each_layers_own(void **context) {
+  (void)context;
+  struct fixture f;
+  struct error error = {0};
+  fixture_open(&f, "llama_gqa_tied");
+  for (struct walk walk = {0}; walk_next(&walk);)
+    for (int kind = 0; kind < 8; kind++) {
+      struct memory d = {.k = walk.k};
+      struct recipe recipe = {
+          .wbits = 3, .group_size = kind & 1 ? 20 : 0, .optimizer = kind & 2 ? OPTIMIZER_SIGN : OPTIMIZER_ADAMW, .stored_scale = kind & 4};
+      struct block block;
+      struct lwc lwc;
+      uint64_t state = 41;
+      open_block(&block, &f, walk.k, false);
+      block_load(&block, f.image[0]);
+      if (lwc_init(&lwc, &f.model, walk.k, &recipe, &error)) fail_msg("%s", error.message);
+      float *parameter = host_floats(&d, 2 * lwc.groups);
+      for (int64_t i = 0; i < 2 * lwc.groups; i++) parameter[i] = (float)(random_uniform(&state) * (lwc.sigmoid ? 4 : 1));
+      check_layers(&d, &lwc, &block, parameter, &state);
+      check_search(&d, &lwc, &block, &state);
+      lwc_free(&lwc);
+      block_free(&block);
+      memory_free(&d);
+    }
+  fixture_close(&f);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(embeddings_are_the_first_hidden_states), cmocka_unit_test(forward_is_that_of_transformers),
       cmocka_unit_test(backward_is_that_of_autograd),           cmocka_unit_test(head_gives_logits_and_nll),
-      cmocka_unit_test(rotary_tables_follow_the_formulas),
+      cmocka_unit_test(rotary_tables_follow_the_formulas),      cmocka_unit_test(clipping_is_each_layers_own),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

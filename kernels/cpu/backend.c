@@ -23,12 +23,24 @@ static void cpu_close(struct kernels *k) {
   free(k);
 }
 
+#if defined(__x86_64__)
+/* What the compiler may use at -march=x86-64-v3 and -v4; by feature, since not every compiler knows the levels by name. */
+static bool has_v3(void) {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+
+static bool has_v4(void) {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 static void choose_level(struct kernels *k) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  if (has_v4()) {
     cpu_kernels_v4(k);
     k->level = "x86-64-v4";
-  } else if (__builtin_cpu_supports("x86-64-v3")) {
+  } else if (has_v3()) {
     cpu_kernels_v3(k);
     k->level = "x86-64-v3";
   } else {
