@@ -28,10 +28,9 @@ struct safetensors; /* an open checkpoint */
 /* Maps every file of the checkpoint (model.safetensors if there is one, else the shards of the index) and checks its header: length against
  * the file's size, JSON, dtypes, shapes against offsets, overlaps, holes, and names that appear twice. Shard names must be plain file names
  * inside the folder. On failure *checkpoint is NULL and the error (ERROR_INPUT) names the file, the tensor and the mend. */
-__attribute__((nonnull))
 int safetensors_open(const char *folder,              /* with model.safetensors or model.safetensors.index.json */
                      struct safetensors **checkpoint, /* receives the checkpoint, freed by safetensors_close */
-                     struct error *error);
+                     struct error *error) __attribute__((nonnull));
 
 /* The same for one file, whatever its name. */
 int safetensors_open_file(const char *path, struct safetensors **checkpoint, struct error *error);

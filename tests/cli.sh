@@ -50,6 +50,7 @@ for command in calibrate eval inspect; do
     case $option in --help | --usage | --version) continue ;; esac
     grep -q -e "$option\($\|[^a-z-]\)" <<<"$sections" || fail "the manual's $command does not tell $option"
   done
+  # shellcheck disable=SC2013 # options hold no spaces
   for option in $(grep -o -e '--[a-z][a-z-]*' <<<"$sections" | sort -u); do
     "$program" $command --help | grep -q -e "$option\($\|[^a-z-]\)" || fail "the manual's $command tells $option, which is none"
   done

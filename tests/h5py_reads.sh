@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # h5py_reads.sh: a store is read by h5py alone, without this program. Called with the path of the omniquant program.
 set -eu
 python=${PYTHON:-python3}
