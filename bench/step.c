@@ -6,13 +6,12 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include <dnnl.h>
-
 #include "cpu/backend.h"
 #include "learn.h"
 
 struct arguments {
   int hidden, heads, kv_heads, ffn, tokens, bits, group, threads, steps;
+  bool bf16;
 };
 
 static const struct argp_option options[] = {
@@ -25,11 +24,16 @@ static const struct argp_option options[] = {
     {"group", 'g', "N", 0, "group size, 0 for a row (64)", 0},
     {"threads", 't', "N", 0, "threads (1)", 0},
     {"steps", 's', "N", 0, "timed steps (30)", 0},
+    {"bf16", 'r', NULL, 0, "round inputs of products to bf16", 0},
     {0},
 };
 
 static error_t parse(int key, char *text, struct argp_state *state) {
   struct arguments *a = state->input;
+  if (key == 'r') {
+    a->bf16 = true;
+    return 0;
+  }
   int *fields[128] = {['h'] = &a->hidden, ['n'] = &a->heads, ['k'] = &a->kv_heads, ['f'] = &a->ffn,  ['T'] = &a->tokens,
                       ['b'] = &a->bits,   ['g'] = &a->group, ['t'] = &a->threads,  ['s'] = &a->steps};
   if (key <= 0 || key >= 128 || !fields[key]) return ARGP_ERR_UNKNOWN;
@@ -59,11 +63,10 @@ static void record(void *context, const struct product *done) {
   products->list[products->count++] = *done;
 }
 
-static void replay(const struct products *products) {
-  for (size_t i = 0; i < products->count; i++) {
-    struct product p = products->list[i];
-    dnnl_sgemm(p.transpose_a, p.transpose_b, p.m, p.n, p.k, p.alpha, p.a, p.lda, p.b, p.ldb, p.beta, p.c, p.ldc);
-  }
+static void replay(struct kernels *k, const struct products *products, bool bf16) {
+  k->bf16_products = bf16;
+  for (size_t i = 0; i < products->count; i++) k->state->multiply(k, &products->list[i]);
+  k->bf16_products = false;
 }
 
 static double flops(const struct products *products) {
@@ -98,7 +101,7 @@ static void fill_image(const struct model *model, char *image) {
 }
 
 int main(int argc, char **argv) {
-  struct arguments a = {576, 9, 3, 1536, 512, 3, 64, 1, 30};
+  struct arguments a = {576, 9, 3, 1536, 512, 3, 64, 1, 30, false};
   const struct argp argp = {options, parse, NULL, "Times a training step and its matrix products alone.", NULL, NULL, NULL};
   argp_parse(&argp, argc, argv, 0, NULL, &a);
 
@@ -109,8 +112,14 @@ int main(int argc, char **argv) {
            "{\"model_type\": \"llama\", \"num_hidden_layers\": 1, \"hidden_size\": %d, \"intermediate_size\": %d, "
            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"vocab_size\": 100}",
            a.hidden, a.ffn, a.heads, a.kv_heads);
-  struct recipe recipe = {
-      .wbits = a.bits, .group_size = a.group, .lwc = true, .epochs = a.steps + 3, .batch = 1, .lwc_lr = 1e-2, .samples = 1};
+  struct recipe recipe = {.wbits = a.bits,
+                          .group_size = a.group,
+                          .lwc = true,
+                          .bf16_products = a.bf16,
+                          .epochs = a.steps + 3,
+                          .batch = 1,
+                          .lwc_lr = 1e-2,
+                          .samples = 1};
   struct world world = {.size = 1, .local_size = 1};
   struct kernels *k = kernels_open("cpu", a.threads, &error);
   char *image = NULL;
@@ -147,15 +156,15 @@ int main(int argc, char **argv) {
     double begin = now();
     learner_step(&learner, step + 3, a.steps + 3);
     double middle = now();
-    replay(&products);
+    replay(k, &products, a.bf16);
     step_seconds[step] = middle - begin;
     product_seconds[step] = now() - middle;
   }
   double step = median(step_seconds, a.steps), alone = median(product_seconds, a.steps);
   printf("{\"step_ms\": %.2f, \"products_ms\": %.2f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.2f, \"products_gflops\": %.1f, "
-         "\"threads\": %d, \"level\": \"%s\"}\n",
-         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9, a.threads,
-         k->level);
+         "\"threads\": %d, \"level\": \"%s\", \"bf16\": %s}\n",
+         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9, a.threads, k->level,
+         a.bf16 ? "true" : "false");
   free(products.list);
   free(image);
   free(step_seconds);

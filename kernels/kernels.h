@@ -68,6 +68,7 @@ struct kernels {
   int threads;           /* host threads that operations may use */
   size_t element_bytes;  /* of one element of data */
   struct backend *state; /* the backend's own */
+  bool bf16_products;    /* set at will: linear layers may round their inputs to bf16 (sums stay fp32) where the device is faster so */
 
   void (*close)(struct kernels *k);
 

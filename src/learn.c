@@ -208,7 +208,9 @@ void learner_step(struct learner *l, int step, int steps) {
   int in_epoch = step % l->shard->steps;
   struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
   lwc_quantize(l->lwc, l->block, l->lwc->factor, l->lwc->stored_scale);
+  l->k->bf16_products = l->recipe->bf16_products;
   shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, count + 1);
+  l->k->bf16_products = false;
   l->k->copy(l->k, l->step_loss + step, l->gradient + count, sizeof(float));
   update(l, step, steps);
 }

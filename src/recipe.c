@@ -26,6 +26,8 @@ static const struct setting settings[] = {
      "AdamW, or sign updates of the clipping factors for short runs"},
     {"stored_scale", SETTING_BOOL, offsetof(struct recipe, stored_scale), 0, 1, NULL, "true",
      "train with scales rounded to fp16 as they are stored; false: in fp32, as the paper's code"},
+    {"bf16_products", SETTING_BOOL, offsetof(struct recipe, bf16_products), 0, 1, NULL, "false",
+     "training steps round inputs of matrix products to bf16 on CPUs that are faster so"},
     {"epochs", SETTING_INT, offsetof(struct recipe, epochs), 0, 1000000, NULL, "20",
      "passes over the samples for each block; 0: round to nearest"},
     {"batch", SETTING_INT, offsetof(struct recipe, batch), 1, 65536, NULL, "1", "samples a step, over all ranks"},

@@ -23,6 +23,7 @@ struct recipe {
   enum lwc_init lwc_init; /* where the clipping factors start */
   enum optimizer optimizer;
   bool stored_scale;      /* train with the scale rounded to fp16 as it is stored; false: in fp32, as the paper's code */
+  bool bf16_products;     /* training steps may round inputs of matrix products to bf16 where that is faster */
   int epochs;             /* passes over the samples a block; 0: round to nearest */
   int batch;              /* samples a step, over all ranks */
   double lwc_lr;          /* AdamW's learning rate at batch 1 */

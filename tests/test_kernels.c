@@ -24,13 +24,21 @@ static void linear(double *y, double *const *in, const void *shape) { /* in: x, 
     }
 }
 
-static void check_linear(struct bound *bounds, const struct linear_shape *s) {
+/* Values that bf16 holds: rounding them changes nothing, so products of bf16 are held to the same bounds. */
+static float *random_bf16(struct memory *m, uint64_t *state, int64_t count) {
+  float *values = random_floats(m, state, count);
+  for (int64_t i = 0; i < count; i++) values[i] = bf16_to_float((uint16_t)(float_to_bits(values[i]) >> 16));
+  return values;
+}
+
+static void check_linear(struct bound *bounds, const struct linear_shape *s, bool bf16) {
   struct memory m = {0};
   uint64_t state = 1;
   int64_t nx = s->tokens * s->columns, nw = s->rows * s->columns, ny = s->tokens * s->rows;
   struct operation operation = {linear, s, ny, {nx, nw, s->rows}};
-  float *x = random_floats(&m, &state, nx), *w = random_floats(&m, &state, nw), *b = random_floats(&m, &state, s->rows);
-  float *before = random_floats(&m, &state, ny), *dy = random_floats(&m, &state, ny), *dx_before = random_floats(&m, &state, nx);
+  float *(*draw)(struct memory *, uint64_t *, int64_t) = bf16 ? random_bf16 : random_floats;
+  float *x = draw(&m, &state, nx), *w = draw(&m, &state, nw), *b = random_floats(&m, &state, s->rows);
+  float *before = random_floats(&m, &state, ny), *dy = draw(&m, &state, ny), *dx_before = random_floats(&m, &state, nx);
   double *in[] = {widened(&m, x, nx), widened(&m, w, nw), widened(&m, b, s->rows)}, *want[2][2]; /* [bias][add] */
   double *none[] = {in[0], in[1], host_doubles(&m, s->rows)}, *dy_wide = widened(&m, dy, ny);
   for (int i = 0; i < 4; i++) {
@@ -46,6 +54,7 @@ static void check_linear(struct bound *bounds, const struct linear_shape *s) {
   for (struct walk walk = {0}; walk_next(&walk);) {
     struct kernels *k = walk.k;
     struct memory d = {.k = k};
+    k->bf16_products = bf16;
     data *dev_x = device_data(&d, x, nx), *dev_w = device_data(&d, w, nw), *dev_b = device_data(&d, b, s->rows);
     for (int i = 0; i < 4; i++)
       for (int run = 0; run < 2; run++) {
@@ -79,7 +88,8 @@ static void linear_layers(void **context) {
   (void)context;
   struct bound bounds[] = {{"linear_forward", 3e-6, 0}, {"linear_backward_input", 3e-6, 0}, {"linear_backward_weight", 3e-6, 0}};
   const struct linear_shape shapes[] = {{1, 1, 1}, {17, 33, 29}, {70, 96, 131}};
-  for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_linear(bounds, &shapes[i]);
+  for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+    for (int bf16 = 0; bf16 < 2; bf16++) check_linear(bounds, &shapes[i], bf16);
   bound_print(bounds, 3);
 }
 

@@ -1,6 +1,7 @@
 /* backend.c: opening the CPU backend with the best level of the instruction set that this machine has. */
 #include "cpu/backend.h"
 
+#include <dnnl.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,19 @@ float *cpu_scratch(struct kernels *k, int64_t count) {
   return cpu->scratch;
 }
 
+static void bf16_free(struct bf16_products *bf16) {
+  for (int i = 0; i < bf16->count; i++) {
+    dnnl_primitive_destroy(bf16->made[i].primitive);
+    for (int m = 0; m < 3; m++) dnnl_memory_destroy(bf16->made[i].memory[m]);
+  }
+  dnnl_stream_destroy(bf16->stream);
+  dnnl_engine_destroy(bf16->engine);
+  free(bf16->a.values);
+  free(bf16->b.values);
+}
+
 static void cpu_close(struct kernels *k) {
+  bf16_free(&k->state->bf16);
   free(k->state->scratch);
   free(k->state);
   free(k);

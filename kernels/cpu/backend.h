@@ -13,11 +13,28 @@ struct product {
   float *c;
 };
 
+/* oneDNN's objects for products of bf16 (matmul_bf16.c). */
+enum { BF16_SHAPES = 64 };
+struct bf16_products {
+  void *engine, *stream;
+  int count;
+  struct bf16_product {
+    struct product shape;
+    void *primitive, *memory[3];
+  } made[BF16_SHAPES];
+  struct bf16_buffer {
+    uint16_t *values;
+    int64_t count;
+  } a, b; /* rounded operands */
+};
+
 struct backend {
   float *scratch; /* grown by cpu_scratch, kept */
   size_t scratch_bytes;
-  struct error failure;                                        /* first failure, reported by synchronize */
-  void (*observer)(void *context, const struct product *done); /* sees every product; NULL but in benchmarks */
+  struct bf16_products bf16;
+  void (*multiply)(struct kernels *k, const struct product *p); /* the level's product */
+  struct error failure;                                         /* first failure, reported by synchronize */
+  void (*observer)(void *context, const struct product *done);  /* sees every product; NULL but in benchmarks */
   void *observer_context;
 };
 

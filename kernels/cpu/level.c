@@ -2,8 +2,10 @@
  * so every kernel is static and the table filled at the end is all that each copy shows. One operation a file. */
 #include "cpu/backend.h"
 
-#include "cpu/matmul.c"
+#include "cpu/matmul_bf16.c"
 #include "cpu/vector.h"
+
+#include "cpu/matmul.c"
 
 #include "cpu/activation.c"
 #include "cpu/attention.c"
@@ -20,6 +22,7 @@
 #define LEVEL_NAME(a, b) PASTE(a, b)
 
 void LEVEL_NAME(cpu_kernels_, CPU_LEVEL)(struct kernels *k) {
+  k->state->multiply = multiply;
   k->allocate = cpu_allocate;
   k->release = cpu_release;
   k->synchronize = cpu_synchronize;

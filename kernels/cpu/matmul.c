@@ -5,13 +5,19 @@
 
 #include <dnnl.h>
 
-static void matmul(struct kernels *k, struct product p) {
-  dnnl_status_t status = dnnl_sgemm(p.transpose_a, p.transpose_b, p.m, p.n, p.k, p.alpha, p.a, p.lda, p.b, p.ldb, p.beta, p.c, p.ldc);
+static void multiply(struct kernels *k, const struct product *p) {
+  if (k->bf16_products && matmul_bf16(k, p)) return;
+  dnnl_status_t status =
+      dnnl_sgemm(p->transpose_a, p->transpose_b, p->m, p->n, p->k, p->alpha, p->a, p->lda, p->b, p->ldb, p->beta, p->c, p->ldc);
   if (status != dnnl_success) {
 #pragma omp critical
-    error_set(&k->state->failure, ERROR_WORK, "oneDNN's matrix product %lld x %lld x %lld failed with status %d", (long long)p.m,
-              (long long)p.n, (long long)p.k, (int)status);
+    error_set(&k->state->failure, ERROR_WORK, "oneDNN's matrix product %lld x %lld x %lld failed with status %d", (long long)p->m,
+              (long long)p->n, (long long)p->k, (int)status);
   }
+}
+
+static void matmul(struct kernels *k, struct product p) {
+  multiply(k, &p);
   if (k->state->observer) {
 #pragma omp critical
     k->state->observer(k->state->observer_context, &p);
