@@ -33,6 +33,7 @@ same_for_all_ranks() {
 
 same_for_all_ranks "paper" golden/model_llama --wbits 3 --group-size 16 --samples 7
 same_for_all_ranks "search and sign" llama_gqa_tied --wbits 4 --group-size 0 --lwc-init search --optimizer sign --sign-span 1 --samples 6
+same_for_all_ranks "products in bf16" llama_mha --wbits 3 --group-size 16 --bf16-products --samples 6
 same_for_all_ranks "both losses" qwen3 --wbits 2 --group-size 32 --aug-loss --symmetric --samples 6 --sampling sequential
 
 check "3 ranks finish" calibrate three llama_mha 3 --wbits 3 --group-size 16 --samples 7
