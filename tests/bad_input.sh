@@ -1,25 +1,22 @@
 #!/bin/bash
-# bad_input.sh OMNIQUANT TEST_HELPER: every kind of bad input ends two ranks soon, with one line that names the file, the key and the mend,
-# exit status 2, and nothing left behind or touched.
+# bad_input.sh OMNIQUANT TEST_HELPER: every kind of bad input ends two ranks with one line that names the file, the key and the mend, exit status
+# 2, and nothing left behind or touched. What hangs is stopped by launch and has another status.
 # shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
 . "$(dirname "$0")/common.bash"
 tokens=$work/tokens.h5 recipe=$work/recipe.yaml out=$work/out
 sizes=(2 64 4 2 128 96 F32)
-most_seconds=5
 
 # All that is in the output folder, with the contents of files; nothing if there is no such folder.
 listing() { (cd "$out" 2>/dev/null && find . -type f -exec sha256sum {} + -o -print | sort); }
 
 # ends_well FILE KEY MEND COMMAND...: the checks on one run.
 ends_well() {
-  local file=$1 key=$2 mend=$3 before after started status message
+  local file=$1 key=$2 mend=$3 before after status message
   shift 3
   before=$(listing)
-  started=$EPOCHREALTIME
   launch 2 "$@" >"$work/stdout" 2>"$work/stderr"
   status=$?
-  awk -v a="$started" -v b="$EPOCHREALTIME" -v most="$most_seconds" 'BEGIN { if (b - a > most) { print "took", b - a, "s"; exit 1 } }' || return
   message=$(grep '^omniquant: ' "$work/stderr")
   after=$(listing)
   echo "$message"
