@@ -4,8 +4,8 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
+#include "clock.h"
 #include "cpu/backend.h"
 #include "learn.h"
 
@@ -40,12 +40,6 @@ static error_t parse(int key, char *text, struct argp_state *state) {
   *fields[key] = atoi(text);
   if (*fields[key] < 0 || (*fields[key] == 0 && key != 'g')) argp_error(state, "%s: not a size", text);
   return 0;
-}
-
-static double now(void) {
-  struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
 struct products {

@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 
+#include "clock.h"
 #include "feed.h"
 #include "learn.h"
 #include "writer.h"
@@ -37,12 +37,6 @@ struct run {
   struct learner learner;
   int64_t skipped_steps;
 };
-
-static double now(void) {
-  struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 /* ---- rank 0: input and output ---- */
 

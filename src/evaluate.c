@@ -7,10 +7,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 
 #include "block.h"
 #include "checkpoint.h"
+#include "clock.h"
 #include "dequantize.h"
 #include "feed.h"
 #include "stream.h"
@@ -42,12 +42,6 @@ struct evaluation {
   int32_t *target;              /* [count, T] device */
   struct cross_entropy entropy; /* [count * T] */
 };
-
-static double now(void) {
-  struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 /* ---- rank 0: input ---- */
 

@@ -1,13 +1,14 @@
 /* progress.c: the bar and the lines of a long run. */
 #include "progress.h"
 
+#include "clock.h"
+
 #include <math.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { DURATION = 48 };
@@ -23,12 +24,6 @@ struct progress {
   double redrawn;     /* clock of the last drawing */
   char tail[96];      /* what the bar tells behind its count */
 };
-
-static double now(void) {
-  struct timespec time;
-  clock_gettime(CLOCK_MONOTONIC, &time);
-  return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 static bool wants_bar(void) {
   const char *asked = getenv("OMNIQUANT_PROGRESS"), *terminal = getenv("TERM");
