@@ -10,8 +10,8 @@
 #include "learn.h"
 
 struct arguments {
-  int hidden, heads, kv_heads, ffn, tokens, bits, group, threads, steps;
-  bool bf16;
+  int hidden, heads, kv_heads, ffn, tokens, bits, abits, group, threads, steps;
+  bool bf16, let;
 };
 
 static const struct argp_option options[] = {
@@ -21,6 +21,8 @@ static const struct argp_option options[] = {
     {"ffn", 'f', "N", 0, "width of the MLP (1536)", 0},
     {"tokens", 'T', "N", 0, "tokens of a sample (512)", 0},
     {"bits", 'b', "N", 0, "bits a weight (3)", 0},
+    {"abits", 'a', "N", 0, "bits an activation (16: not quantized)", 0},
+    {"let", 'l', NULL, 0, "learn the equivalent transformation too", 0},
     {"group", 'g', "N", 0, "group size, 0 for a row (64)", 0},
     {"threads", 't', "N", 0, "threads (1)", 0},
     {"steps", 's', "N", 0, "timed steps (30)", 0},
@@ -30,12 +32,12 @@ static const struct argp_option options[] = {
 
 static error_t parse(int key, char *text, struct argp_state *state) {
   struct arguments *a = state->input;
-  if (key == 'r') {
-    a->bf16 = true;
+  if (key == 'r' || key == 'l') {
+    *(key == 'r' ? &a->bf16 : &a->let) = true;
     return 0;
   }
-  int *fields[128] = {['h'] = &a->hidden, ['n'] = &a->heads, ['k'] = &a->kv_heads, ['f'] = &a->ffn,  ['T'] = &a->tokens,
-                      ['b'] = &a->bits,   ['g'] = &a->group, ['t'] = &a->threads,  ['s'] = &a->steps};
+  int *fields[128] = {['h'] = &a->hidden, ['n'] = &a->heads, ['k'] = &a->kv_heads, ['f'] = &a->ffn,     ['T'] = &a->tokens,
+                      ['b'] = &a->bits,   ['a'] = &a->abits, ['g'] = &a->group,    ['t'] = &a->threads, ['s'] = &a->steps};
   if (key <= 0 || key >= 128 || !fields[key]) return ARGP_ERR_UNKNOWN;
   *fields[key] = atoi(text);
   if (*fields[key] < 0 || (*fields[key] == 0 && key != 'g')) argp_error(state, "%s: not a size", text);
@@ -95,7 +97,7 @@ static void fill_image(const struct model *model, char *image) {
 }
 
 int main(int argc, char **argv) {
-  struct arguments a = {576, 9, 3, 1536, 512, 3, 64, 1, 30, false};
+  struct arguments a = {576, 9, 3, 1536, 512, 3, 16, 64, 1, 30, false, false};
   const struct argp argp = {options, parse, NULL, "Times a training step and its matrix products alone.", NULL, NULL, NULL};
   argp_parse(&argp, argc, argv, 0, NULL, &a);
 
@@ -106,40 +108,45 @@ int main(int argc, char **argv) {
            "{\"model_type\": \"llama\", \"num_hidden_layers\": 1, \"hidden_size\": %d, \"intermediate_size\": %d, "
            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"vocab_size\": 100}",
            a.hidden, a.ffn, a.heads, a.kv_heads);
-  struct recipe recipe = {.wbits = a.bits,
-                          .group_size = a.group,
-                          .lwc = true,
-                          .bf16_products = a.bf16,
-                          .epochs = a.steps + 3,
-                          .batch = 1,
-                          .lwc_lr = 1e-2,
-                          .samples = 1};
+  struct recipe recipe;
+  recipe_init(&recipe);
+  recipe.wbits = a.bits;
+  recipe.activations.abits = a.abits;
+  recipe.group_size = a.group;
+  recipe.let = a.let;
+  recipe.stored_scale = false;
+  recipe.bf16_products = a.bf16;
+  recipe.epochs = a.steps + 3;
+  recipe.samples = 1;
   struct world world = {.size = 1, .local_size = 1};
   struct kernels *k = kernels_open("cpu", a.threads, &error);
   char *image = NULL;
   double *step_seconds = NULL, *product_seconds = NULL;
   struct block block;
-  struct lwc lwc;
+  struct block_use use = {.tokens = a.tokens, .effective = true, .quantized_inputs = a.abits < 16, .trained = true};
+  struct let_statistics statistics;
   struct shard shard;
-  if (error.code || model_parse(&model, config, "config", &error) || block_init(&block, &model, k, a.tokens, true, true, &error) ||
-      lwc_init(&lwc, &model, k, &recipe, &error))
+  if (error.code || model_parse(&model, config, "config", &error) || block_init(&block, &model, k, &use, &error) ||
+      let_statistics_init(&statistics, &model, k, &error))
     goto fail;
   shard_init(&shard, 1, 1, 0, 1);
   int64_t elements = (int64_t)a.tokens * a.hidden;
-  struct samples samples = {k->allocate(k, (size_t)elements * 4), k->allocate(k, (size_t)elements * 4), NULL};
-  struct learner learner = {.recipe = &recipe, .world = &world, .k = k, .block = &block, .lwc = &lwc, .shard = &shard, .samples = &samples};
+  struct target target = {.world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics};
+  struct learner learner = {.recipe = &recipe, .world = &world, .k = k, .block = &block, .shard = &shard, .target = &target};
+  target.x = k->allocate(k, (size_t)elements * 4);
   image = calloc(1, model.image_bytes);
   step_seconds = calloc((size_t)a.steps, sizeof *step_seconds);
   product_seconds = calloc((size_t)a.steps, sizeof *product_seconds);
-  if (!image || !samples.x_fp || !samples.x_q || !step_seconds || !product_seconds || learner_init(&learner, &error)) goto fail;
+  if (!image || !target.x || !step_seconds || !product_seconds || target_init(&target, &error) || learner_init(&learner, &error)) goto fail;
   fill_image(&model, image);
   block_load(&block, image);
   uint32_t state = 7;
-  for (int64_t i = 0; i < elements; i++) ((float *)samples.x_q)[i] = uniform(&state);
-  block_forward(&block, BLOCK_FULL, samples.x_fp, samples.x_q);
+  for (int64_t i = 0; i < elements; i++) ((float *)learner.x_q)[i] = ((float *)target.x)[i] = uniform(&state);
+  target_pass(&target);
 
   struct products products = {0};
-  lwc_start(&lwc);
+  block.quantizer = recipe.activations;
+  learner_start(&learner);
   learner_begin(&learner);
   for (int step = 0; step < 2; step++) learner_step(&learner, step, a.steps + 3);
   k->state->observer = record;
@@ -156,17 +163,17 @@ int main(int argc, char **argv) {
   }
   double step = median(step_seconds, a.steps), alone = median(product_seconds, a.steps);
   printf("{\"step_ms\": %.2f, \"products_ms\": %.2f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.2f, \"products_gflops\": %.1f, "
-         "\"threads\": %d, \"level\": \"%s\", \"bf16\": %s}\n",
+         "\"threads\": %d, \"level\": \"%s\", \"bf16\": %s, \"abits\": %d, \"let\": %s}\n",
          1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9, a.threads, k->level,
-         a.bf16 ? "true" : "false");
+         a.bf16 ? "true" : "false", a.abits, a.let ? "true" : "false");
   free(products.list);
   free(image);
   free(step_seconds);
   free(product_seconds);
   learner_free(&learner);
-  k->release(k, samples.x_fp);
-  k->release(k, samples.x_q);
-  lwc_free(&lwc);
+  target_free(&target);
+  let_statistics_free(&statistics);
+  k->release(k, target.x);
   block_free(&block);
   k->close(k);
   return 0;

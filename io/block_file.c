@@ -5,13 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "hdf5_util.h"
 #include "printable.h"
 
 enum {
   PATH_BYTES = 128,      /* "calibration/" or a linear's name and "/zero_point", around a name of 95 bytes */
   CHUNK_BYTES = 1 << 20, /* HDF5's chunk cache holds this much */
-  MAX_WORLD = 1 << 24    /* ranks: only to tell damage from a number */
+  MAX_WORLD = 1 << 24,   /* ranks: only to tell damage from a number */
+  MAX_EXPERTS = 1 << 24, /* of a block, likewise */
+  MAX_ATTRIBUTES = 32    /* of /block: beyond it HDF5 would move them out of the object's header, into a heap */
 };
 static const int64_t MAX_SIZE = (int64_t)1 << 40; /* of a dimension: products of two stay below 2^63 after the check against bytes */
 static const char CALIBRATION[] = "calibration";
@@ -76,9 +77,11 @@ static bool kept_is_known(const char *kept) {
 
 /* What is written must be what block_file_read accepts. */
 static int record_check(const struct hdf5_site *site, const struct block_record *record) {
-  if (!kept_is_known(record->kept) || record->world_size < 1 || record->world_size > MAX_WORLD || record->skipped_steps < 0) {
-    return error_set(site->error, ERROR_WORK, "%s: block %d: kept '%.7s', world_size %d, skipped_steps %lld cannot be stored", site->path,
-                     record->index, record->kept, record->world_size, (long long)record->skipped_steps);
+  if (!kept_is_known(record->kept) || record->world_size < 1 || record->world_size > MAX_WORLD || record->skipped_steps < 0 ||
+      record->untrained_experts < 0 || record->untrained_experts > MAX_EXPERTS) {
+    return error_set(site->error, ERROR_WORK,
+                     "%s: block %d: kept '%.7s', world_size %d, skipped_steps %lld, untrained_experts %d cannot be stored", site->path,
+                     record->index, record->kept, record->world_size, (long long)record->skipped_steps, record->untrained_experts);
   }
   for (int i = 0; i < record->linears; i++) {
     const struct quantized_linear *linear = &record->linear[i];
@@ -159,15 +162,26 @@ static int attributes_write(const struct hdf5_site *site, hid_t block, const str
   if (!failed) failed = hdf5_write_real(site, block, ".", "loss_end", record->loss_end);
   if (!failed) failed = hdf5_write_text(site, block, ".", "kept", record->kept);
   if (!failed) failed = hdf5_write_integer(site, block, ".", "skipped_steps", record->skipped_steps);
+  if (!failed) failed = hdf5_write_integer(site, block, ".", "untrained_experts", record->untrained_experts);
   if (!failed) failed = hdf5_write_real(site, block, ".", "seconds", record->seconds);
   if (!failed) failed = hdf5_write_integer(site, block, ".", "world_size", record->world_size);
   return failed;
 }
 
+/* The group /block; negative with the error set on failure. */
+static hid_t group_make(const struct hdf5_site *site, hid_t file) {
+  hid_t creation = H5Pcreate(H5P_GROUP_CREATE), block = -1;
+  if (creation >= 0 && H5Pset_attr_phase_change(creation, MAX_ATTRIBUTES, 0) >= 0)
+    block = H5Gcreate2(file, "block", H5P_DEFAULT, creation, H5P_DEFAULT);
+  if (block < 0) hdf5_write_failed(site, "block");
+  hdf5_close(creation);
+  return block;
+}
+
 static int block_write(const struct hdf5_site *site, hid_t file, const struct block_record *record) {
   char path[PATH_BYTES];
-  hid_t block = H5Gcreate2(file, "block", H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
-  if (block < 0) return hdf5_write_failed(site, "block");
+  hid_t block = group_make(site, file);
+  if (block < 0) return site->error->code;
   int failed = attributes_write(site, block, record);
   for (int i = 0; i < record->linears && !failed; i++) failed = linear_write(site, block, &record->linear[i]);
   for (int i = 0; i < record->folded_arrays && !failed; i++) {
@@ -183,17 +197,19 @@ static int block_write(const struct hdf5_site *site, hid_t file, const struct bl
   return failed;
 }
 
-int block_file_write(const char *path, const struct block_record *record, struct error *error) {
+int block_file_make(const char *path, const struct block_record *record, struct hdf5_image *image, struct error *error) {
   struct hdf5_site site = {path, error};
-  struct hdf5_image image = {0};
+  *image = (struct hdf5_image){0};
   if (record_check(&site, record)) return error->code;
   hdf5_enter();
-  hid_t file = hdf5_create(&site, &image);
+  hid_t file = hdf5_create(&site, image);
   int failed = file < 0 ? error->code : block_write(&site, file, record);
-  if (file >= 0 && hdf5_finish(&site, file, &image)) failed = error->code;
+  if (file >= 0 && hdf5_finish(&site, file, image)) failed = error->code;
   hdf5_leave();
-  if (!failed) failed = hdf5_image_write(&site, &image);
-  free(image.bytes);
+  if (failed) {
+    free(image->bytes);
+    *image = (struct hdf5_image){0};
+  }
   return failed;
 }
 
@@ -426,6 +442,17 @@ static int entries_read(struct reader *reader, struct block_record *record) {
   return failed;
 }
 
+/* Files made before there was this attribute have no experts. */
+static int untrained_read(struct reader *reader, int *untrained) {
+  static const char name[] = "untrained_experts";
+  int64_t value = 0;
+  htri_t there = H5Aexists(reader->block, name);
+  int failed = there < 0 ? hdf5_read_failed(&reader->site, name) : 0;
+  if (there > 0) failed = hdf5_read_integer(&reader->site, reader->block, ".", name, 0, MAX_EXPERTS, &value);
+  *untrained = (int)value;
+  return failed;
+}
+
 static int attributes_read(struct reader *reader, int index, struct block_record *record) {
   const struct hdf5_site *site = &reader->site;
   hid_t block = reader->block;
@@ -437,6 +464,7 @@ static int attributes_read(struct reader *reader, int index, struct block_record
   if (!failed) failed = hdf5_read_real(site, block, ".", "loss_end", &record->loss_end);
   if (!failed) failed = hdf5_read_text(site, block, ".", "kept", &kept);
   if (!failed) failed = hdf5_read_integer(site, block, ".", "skipped_steps", 0, INT64_MAX, &record->skipped_steps);
+  if (!failed) failed = untrained_read(reader, &record->untrained_experts);
   if (!failed) failed = hdf5_read_real(site, block, ".", "seconds", &record->seconds);
   if (!failed) failed = hdf5_read_integer(site, block, ".", "world_size", 1, MAX_WORLD, &world);
   if (!failed && !kept_is_known(kept)) {

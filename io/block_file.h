@@ -3,10 +3,11 @@
 #define OMNIQUANT_BLOCK_FILE_H
 
 #include "error.h"
+#include "hdf5_util.h"
 #include "store.h"
 
-/* Writes the file, over an old one, and waits until it is on the disk. On failure (ERROR_WORK) nothing is left at `path`. */
-int block_file_write(const char *path, const struct block_record *record, struct error *error);
+/* Makes the file in memory. `path` is for messages. Errors: ERROR_WORK, also for a record that could not be read back; no bytes then. */
+int block_file_make(const char *path, const struct block_record *record, struct hdf5_image *image, struct error *error);
 
 /* Reads the file of block `index`, every checksum, shape and number checked; nothing larger than the file is allocated.
  * Linears and arrays come in order of name. On failure (ERROR_INPUT) the record is empty. */

@@ -23,8 +23,9 @@ static const char FORMAT[] = "omniquant", MASTER[] = "omniquant.h5", BLOCK_GROUP
 struct store {
   char *folder;
   struct store_info info;
-  char *recipe, *model_config;  /* what info points to */
-  bool created, folder_created; /* by store_create: the master file, and the folder */
+  char *recipe, *model_config; /* what info points to */
+  bool created;                /* the master file, by store_create */
+  size_t made;                 /* what folder_make made */
 };
 
 /* ---- names ---- */
@@ -255,16 +256,17 @@ static int folder_check_empty(const char *folder, struct error *error) {
   return error_set(error, ERROR_INPUT, "%s: is not empty (holds %s); choose another --output or remove it", folder, other.text);
 }
 
-/* Makes the folder and those above it. *made: whether it was not there before. */
-static int folder_make(const char *folder, bool *made, struct error *error) {
+/* Makes the folder and those above it. *made: bytes of the path to the first that was not there before, 0 for none. */
+static int folder_make(const char *folder, size_t *made, struct error *error) {
   char *path = strdup(folder);
   int failed = path ? 0 : error_set(error, ERROR_WORK, "%s: out of memory", folder);
-  *made = false;
+  *made = 0;
   for (size_t i = 1; !failed && i <= strlen(folder); i++) {
     if (folder[i] != '/' && folder[i] != 0) continue;
     path[i] = 0;
-    *made = mkdir(path, 0777) == 0 || (*made && folder[i - 1] == '/');
-    if (!*made && errno != EEXIST) {
+    if (mkdir(path, 0777) == 0) {
+      if (!*made) *made = i;
+    } else if (errno != EEXIST) {
       failed = error_set(error, ERROR_INPUT, "%s: cannot be made: %s; choose another --output", path, strerror(errno));
     }
     path[i] = folder[i];
@@ -273,19 +275,33 @@ static int folder_make(const char *folder, bool *made, struct error *error) {
   return failed;
 }
 
+/* Removes the folders that folder_make made, as far as nothing is in them. */
+static void folder_unmake(const char *folder, size_t made) {
+  char *path = made ? strdup(folder) : NULL;
+  for (size_t i = path ? strlen(path) : 0; i >= made && i > 0; i--) {
+    if (folder[i] != '/' && folder[i] != 0) continue;
+    path[i] = 0;
+    if (rmdir(path) != 0) break;
+  }
+  free(path);
+}
+
 static int store_begin(struct store *store, struct error *error) {
   char *blocks = path_join(store->folder, "blocks", error);
   if (!blocks) return error->code;
-  int failed = folder_make(store->folder, &store->folder_created, error);
+  int failed = folder_make(store->folder, &store->made, error);
   if (!failed) failed = folder_check_empty(store->folder, error);
-  if (failed) goto done;
+  if (failed) {
+    folder_unmake(store->folder, store->made);
+    goto done;
+  }
   if (mkdir(blocks, 0777) != 0) { /* also decides between two that begin at once */
     failed = error_set(error, ERROR_INPUT, "%s: cannot be made: %s; choose another --output", blocks, strerror(errno));
   } else {
     failed = master_write(store, error);
     if (failed) rmdir(blocks);
   }
-  if (failed && store->folder_created) rmdir(store->folder);
+  if (failed) folder_unmake(store->folder, store->made);
   store->created = !failed;
 done:
   free(blocks);
@@ -354,9 +370,23 @@ static int index_check(const struct store *store, int index, int code, struct er
   return error_set(error, code, "%s: block %d: the model has blocks 0..%d", store->folder, index, store->info.blocks - 1);
 }
 
-int store_write_block(struct store *store, const struct block_record *record, struct error *error) {
-  if (index_check(store, record->index, ERROR_WORK, error)) return error->code;
-  char *path = path_join(store->folder, block_name(record->index).text, error), *temporary = NULL;
+void block_image_free(struct block_image *image) {
+  free(image->bytes);
+  *image = (struct block_image){0};
+}
+
+int block_image_make(struct block_image *image, const struct block_record *record, const char *where, struct error *error) {
+  struct hdf5_image file;
+  *image = (struct block_image){.index = record->index};
+  if (block_file_make(where, record, &file, error)) return error->code;
+  image->bytes = file.bytes;
+  image->length = file.length;
+  return 0;
+}
+
+int store_write_block(struct store *store, const struct block_image *image, struct error *error) {
+  if (index_check(store, image->index, ERROR_WORK, error)) return error->code;
+  char *path = path_join(store->folder, block_name(image->index).text, error), *temporary = NULL;
   char *blocks = path_join(store->folder, "blocks", error);
   if (path && asprintf(&temporary, "%s.tmp", path) < 0) {
     temporary = NULL;
@@ -364,7 +394,9 @@ int store_write_block(struct store *store, const struct block_record *record, st
   }
   int failed = error->code;
   if (path && temporary && blocks) {
-    failed = block_file_write(temporary, record, error);
+    struct hdf5_site site = {temporary, error};
+    struct hdf5_image file = {image->bytes, image->length};
+    failed = hdf5_image_write(&site, &file);
     if (!failed) failed = file_commit(temporary, path, blocks, error);
   }
   if (!failed) failed = master_write(store, error);
@@ -396,7 +428,7 @@ void store_abandon(const struct store *store) {
   char *blocks = path_join(store->folder, "blocks", &ignored), *master = path_join(store->folder, MASTER, &ignored);
   if (blocks && master && rmdir(blocks) == 0) {
     unlink(master);
-    if (store->folder_created) rmdir(store->folder);
+    folder_unmake(store->folder, store->made);
   }
   free(master);
   free(blocks);

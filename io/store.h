@@ -5,6 +5,7 @@
 #define OMNIQUANT_STORE_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "error.h"
@@ -36,6 +37,7 @@ struct block_record {
   double loss_rtn, loss_start, loss_end; /* mean loss over all samples: RTN, parameters before and after training; NaN if not measured */
   char kept[8];                          /* which of them is stored: "rtn", "start" or "end" */
   int64_t skipped_steps;                 /* steps whose loss or gradient was not finite */
+  int untrained_experts;                 /* experts that saw no calibration token and were rounded to nearest */
   double seconds;                        /* wall time of the block */
   int world_size;                        /* ranks that calibrated it */
   int linears;
@@ -78,10 +80,21 @@ const struct store_info *store_info(const struct store *store);
 /* Whether block `index` is there, whole. */
 bool store_has_block(const struct store *store, int index);
 
-/* Writes one block: temporary file, fsync, rename, fsync of the folder, then its link in the master file. The file is made in memory first,
- * which takes as many bytes as the block's packed codes. ERROR_WORK on failure, also for a record that could not be read back (names,
- * shapes, `kept`, a scale that is not finite, a zero point that is not a code): what was stored before stays whole. */
-int store_write_block(struct store *store, const struct block_record *record, struct error *error);
+/* A block's file in memory, made on the rank that calibrated it and written on the rank that holds the store. */
+struct block_image {
+  int index;
+  void *bytes; /* freed by block_image_free */
+  size_t length;
+};
+void block_image_free(struct block_image *image);
+
+/* Makes a record's file, which takes as many bytes as its packed codes; `where` starts messages. ERROR_WORK without memory and for a record
+ * that could not be read back (names, shapes, `kept`, a scale that is not finite, a zero point that is not a code). */
+int block_image_make(struct block_image *image, const struct block_record *record, const char *where, struct error *error);
+
+/* Writes one block: temporary file, fsync, rename, fsync of the folder, then its link in the master file. ERROR_WORK on failure: what was stored
+ * before stays whole. */
+int store_write_block(struct store *store, const struct block_image *image, struct error *error);
 
 /* Reads one block, checksums verified, shapes checked against each other; linears and arrays come in order of name. Errors name the file
  * and the dataset. */

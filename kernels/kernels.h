@@ -24,20 +24,56 @@ typedef struct data data; /* never defined: elements of the backend's type */
 enum { CLIP_SEARCH_STEPS = 12 };
 #define CLIP_SEARCH_STRIDE 0.04f
 
-/* A weight matrix and how it is quantized. */
-struct weight_shape {
-  int64_t rows;    /* C_out */
-  int64_t columns; /* C_in */
+/* A matrix and how it is quantized: a weight [C_out, C_in], or activations [T, C_in]. */
+struct quantized_shape {
+  int64_t rows;
+  int64_t columns;
   struct quantizer quantizer;
 };
 
-static inline int64_t weight_groups_per_row(const struct weight_shape *shape) {
+static inline int64_t groups_per_row(const struct quantized_shape *shape) {
   return (shape->columns + shape->quantizer.group_size - 1) / shape->quantizer.group_size;
 }
 
-static inline int64_t weight_groups(const struct weight_shape *shape) {
-  return shape->rows * weight_groups_per_row(shape);
+static inline int64_t groups_of(const struct quantized_shape *shape) {
+  return shape->rows * groups_per_row(shape);
 }
+
+/* What LET makes of a weight before it is quantized (method.md section 3): w[r, c] * row[r] * column[c]. */
+struct weight_scales {
+  const float *row;    /* [C_out]; NULL: 1 */
+  const float *column; /* [C_in]; NULL: 1 */
+};
+
+/* Which entry of a vector s belongs to each channel of something made of heads: channel c of head h = c / head_size takes
+ * s[h / share * period + c % head_size % period]. One head as wide as the vector, share 1 and period head_size: s[c]. */
+struct channel_map {
+  int head_size;
+  int share;  /* neighbouring heads that use the same entries */
+  int period; /* head_size, or half of it where the two channels of a rotated pair use one entry */
+};
+
+/* The rows of a matrix that a norm takes each by itself. */
+struct norm_shape {
+  int64_t rows, columns;
+  float eps;
+  bool centered; /* LayerNorm: the mean is taken off; false: RMSNorm */
+};
+
+/* An MLP's activation; the first is gated: silu(gate) * up. */
+enum activation { ACTIVATION_SILU_GATED, ACTIVATION_RELU, ACTIVATION_GELU };
+
+/* Which experts each token goes to. The rows that experts compute are grouped by expert: each expert's are consecutive, in the order of
+ * their tokens. All arrays in device memory. */
+struct routing {
+  int tokens, experts;
+  int top;         /* experts a token */
+  int32_t *expert; /* [T, top] chosen, the most probable first; of equals the one with the lower number */
+  float *weight;   /* [T, top] their shares, which sum to 1 */
+  int32_t *row;    /* [T, top] row of the token in each one's group */
+  int32_t *token;  /* [T * top] the token of each row */
+  int32_t *offset; /* [experts + 1] each expert's first row; the last entry: T * top */
+};
 
 /* Heads of an attention and what a query may see. */
 struct attention_shape {
@@ -100,12 +136,18 @@ struct kernels {
   void (*linear_backward_weight)(struct kernels *k, data *dw, /* [C_out, C_in] assigned */
                                  const data *dy, const data *x, int64_t tokens, int64_t columns, int64_t rows);
 
-  /* ---- norms ---- */
-  /* y = x / sqrt(mean(x^2) + eps) * w, each row by itself. */
-  void (*rmsnorm_forward)(struct kernels *k, data *y, /* [rows, columns]; may be x */
-                          const data *x, const data *w /* [columns] */, int64_t rows, int64_t columns, float eps);
-  void (*rmsnorm_backward)(struct kernels *k, data *dx, /* [rows, columns] assigned, or added to; may be dy when assigned */
-                           const data *dy, const data *x, const data *w, int64_t rows, int64_t columns, float eps, bool add);
+  /* y[R] = W x and, the other way, y[C] += x^T W: what a bias gains when a shift is folded into it, and its gradient. fp32 throughout. */
+  void (*matrix_vector)(struct kernels *k, float *y, /* [rows] assigned */
+                        const data *w, const float *x /* [columns] */, int64_t rows, int64_t columns);
+  void (*vector_matrix)(struct kernels *k, float *y, /* [columns] added to */
+                        const float *x /* [rows] */, const data *w, int64_t rows, int64_t columns);
+
+  /* ---- norms: y = x / sqrt(mean(x^2) + eps) * w + b, each row by itself; centered: of x - mean(x) ---- */
+  void (*norm_forward)(struct kernels *k, data *y, /* [rows, columns]; may be x */
+                       const data *x, const data *w /* [columns] */, const data *b /* [columns] or NULL */, const struct norm_shape *shape);
+  void (*norm_backward)(struct kernels *k, data *dx, /* [rows, columns] assigned, or added to; may be dy when assigned; NULL: not wanted */
+                        float *dw, float *db,        /* [columns] assigned; NULL: not wanted */
+                        const data *dy, const data *x, const data *w, const struct norm_shape *shape, bool add /* dx */);
 
   /* ---- positions ---- */
   /* Rotates each head's pairs (i, i + D/2) by the angle of the row's position; inverse: by its negative, which is the backward. In place. */
@@ -128,27 +170,79 @@ struct kernels {
   void (*silu_gate_backward)(struct kernels *k, data *dgate, data *dup, /* assigned; one of them may be dy */
                              const data *dy, const data *gate, const data *up, int64_t count);
 
-  /* ---- elementwise ---- */
+  /* ---- plain activation: RELU max(x, 0), with slope 0 at 0; GELU x Phi(x), by the error function ---- */
+  void (*activation_forward)(struct kernels *k, data *y /* may be x */, const data *x, enum activation kind, int64_t count);
+  void (*activation_backward)(struct kernels *k, data *dx /* assigned; may be dy */, const data *dy, const data *x, enum activation kind,
+                              int64_t count);
+
+  /* ---- experts: softmax over the router's logits, the `top` largest, their probabilities divided by their sum ---- */
+  /* Fills the arrays of `routing`. */
+  void (*route_forward)(struct kernels *k, const struct routing *routing, const data *logits /* [T, experts] */);
+  void (*route_backward)(struct kernels *k, data *dlogits,         /* [T, experts] assigned */
+                         const float *dweight, const data *logits, /* [T, top]; [T, experts] */
+                         const struct routing *routing);
+  /* y[r] = x[token[r]]; its backward dx[t] (+)= sum over the token's rows of dy. */
+  void (*gather_rows)(struct kernels *k, data *y /* [T * top, columns] */, const data *x /* [T, columns] */, const struct routing *routing,
+                      int64_t columns);
+  void (*gather_rows_backward)(struct kernels *k, data *dx, const data *dy, const struct routing *routing, int64_t columns, bool add);
+  /* y[t] += sum over the token's rows of weight * x[row]. */
+  void (*combine_forward)(struct kernels *k, data *y /* [T, columns] */, const data *x /* [T * top, columns] */,
+                          const struct routing *routing, int64_t columns);
+  void (*combine_backward)(struct kernels *k, data *dx /* [T * top, columns] assigned */, float *dweight /* [T, top] assigned */,
+                           const data *dy, const data *x, const struct routing *routing, int64_t columns);
+
+  /* ---- elementwise and by columns ---- */
   void (*fill)(struct kernels *k, float *to, float value, int64_t count);
-  void (*add)(struct kernels *k, float *to, const float *from, int64_t count); /* to += from */
+  void (*add)(struct kernels *k, float *to, const float *from, int64_t count);      /* to += from */
+  void (*accumulate)(struct kernels *k, data *to, const data *from, int64_t count); /* to += from */
+  void (*clamp)(struct kernels *k, float *x, float low, float high, int64_t count);
+  /* sums[c] = sum over rows of x[r, c] */
+  void (*column_sums)(struct kernels *k, float *sums /* [columns], assigned */, const data *x, int64_t rows, int64_t columns);
+  /* absmax[c] = max(absmax[c], |x[r, c]| over rows);  middle[c] = weight * (max + min) / 2 over rows, 0 without rows */
+  void (*column_range)(struct kernels *k, float *absmax, /* [columns] raised; NULL: not wanted */
+                       float *middle,                    /* [columns] assigned; NULL: not wanted */
+                       float weight, const data *x, int64_t rows, int64_t columns);
   /* sums[c] (+)= sum over rows of x[r, c]^2 */
   void (*column_squares)(struct kernels *k, float *sums /* [columns], added to */, const data *x, int64_t rows, int64_t columns);
 
-  /* ---- weight quantizer, method.md section 1. Factors f_hi, f_lo: [groups], NULL for 1 (round to nearest) ---- */
-  /* w_hat = fake-quantized w. at_rest: with the scale rounded to fp16, exactly what is stored. */
-  void (*quantize_forward)(struct kernels *k, data *w_hat, const data *w, const float *f_hi, const float *f_lo,
-                           const struct weight_shape *shape, bool at_rest);
-  /* Straight-through gradients of the factors, for weights quantized by quantize_forward with the same at_rest. */
-  void (*quantize_backward)(struct kernels *k, float *df_hi, float *df_lo, /* [groups] assigned */
-                            const data *dw_hat, const data *w, const float *f_hi, const float *f_lo, const struct weight_shape *shape,
-                            bool at_rest);
+  /* ---- quantizer, method.md section 1, of a weight w[r, c] * row[r] * column[c] (`scales`; NULL: w) or of activations.
+   *      Factors f_hi, f_lo: [groups], NULL for 1 (round to nearest) ---- */
+  /* w_hat = fake-quantized w; may be w without scales. at_rest: with the scale rounded to fp16, exactly what is stored. */
+  void (*quantize_forward)(struct kernels *k, data *w_hat, const data *w, const struct weight_scales *scales, const float *f_hi,
+                           const float *f_lo, const struct quantized_shape *shape, bool at_rest);
+  /* Straight-through gradients, for weights quantized by quantize_forward with the same at_rest: of the factors, and of the scales: through
+   * the scaled weight itself and, shared evenly by ties, through its group's maximum and minimum. */
+  void (*quantize_backward)(struct kernels *k, float *df_hi, float *df_lo, /* [groups] assigned; both NULL: not wanted */
+                            float *drow, float *dcolumn,                   /* [rows], [columns] assigned; NULL: not wanted */
+                            const data *dw_hat, const data *w, const struct weight_scales *scales, const float *f_hi, const float *f_lo,
+                            const struct quantized_shape *shape, bool at_rest);
+  /* The same of activations, quantized by quantize_forward without scales and factors, not at rest: of the values themselves. */
+  void (*quantize_backward_input)(struct kernels *k, data *dx, /* [rows, columns] assigned; may be dy */
+                                  const data *dy, const data *x, const struct quantized_shape *shape);
   /* What is stored: packed codes, fp16 scales and zero points (store.h), at rest. */
-  void (*quantize_codes)(struct kernels *k, uint8_t *codes, uint16_t *scale, uint8_t *zero_point, const data *w, const float *f_hi,
-                         const float *f_lo, const struct weight_shape *shape);
-  /* Search of method.md section 3 over groups [first, end): the pair of grid factors with the least sum of a_c (w_hat - w)^2. */
+  void (*quantize_codes)(struct kernels *k, uint8_t *codes, uint16_t *scale, uint8_t *zero_point, const data *w,
+                         const struct weight_scales *scales, const float *f_hi, const float *f_lo, const struct quantized_shape *shape);
+  /* Search of method.md section 7 over groups [first, end): the pair of grid factors with the least sum of a_c (w_hat - w)^2, where under
+   * scales w is the scaled weight and a_c is divided by column[c]^2, since what it multiplies is so scaled. */
   void (*clip_search)(struct kernels *k, float *f_hi, float *f_lo, /* [groups], entries [first, end) assigned */
-                      const data *w, const float *importance,      /* a: [columns] */
-                      const struct weight_shape *shape, int64_t first, int64_t end);
+                      const data *w, const struct weight_scales *scales, const float *importance, /* a: [columns] */
+                      const struct quantized_shape *shape, int64_t first, int64_t end);
+
+  /* ---- LET, method.md section 3: vectors that scale rows and columns, folded into weights, norms and biases ---- */
+  /* to[c] = s of channel c, or 1 / s; and its gradient added to ds. */
+  void (*expand)(struct kernels *k, float *to /* [count] */, const float *s, const struct channel_map *map, int64_t count, bool inverse);
+  void (*expand_backward)(struct kernels *k, float *ds, const float *dto, const float *s /* NULL unless inverse */,
+                          const struct channel_map *map, int64_t count, bool inverse, float sign /* of what is added: 1 or -1 */);
+  /* A weight that is scaled but not quantized: to[r, c] = w[r, c] * row[r] * column[c]; and the gradient of the scales. */
+  void (*scale_weight)(struct kernels *k, data *to, const data *w, const struct weight_scales *scales, int64_t rows, int64_t columns);
+  void (*scale_weight_backward)(struct kernels *k, float *drow, float *dcolumn, /* assigned; NULL: not wanted */
+                                const data *dto, const data *w, const struct weight_scales *scales, int64_t rows, int64_t columns);
+  /* A norm's weight or bias, or a linear layer's bias: to[i] = (from[i] + plus[i] - shift[i]) * scale[i]; NULL for plus, shift: 0, for scale: 1.
+   * Backward: dinner[i] = dto[i] * scale[i], the gradient of the bracket, assigned; dscale[i] += dto[i] * the bracket, NULL: not wanted. */
+  void (*fold_vector)(struct kernels *k, data *to, const data *from, const float *plus, const float *shift, const float *scale,
+                      int64_t count);
+  void (*fold_vector_backward)(struct kernels *k, float *dinner, float *dscale, const float *dto, const data *from, const float *plus,
+                               const float *shift, const float *scale, int64_t count);
 
   /* ---- loss: mean((y - target)^2) ---- */
   void (*mse)(struct kernels *k, float *loss, /* one value, assigned or added to */

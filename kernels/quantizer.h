@@ -1,4 +1,4 @@
-/* quantizer.h: the arithmetic of the weight quantizer (method.md section 1) for one group and one element, shared by every backend.
+/* quantizer.h: the arithmetic of the quantizer (method.md section 1) for one group and one element, shared by every backend.
  * Source: OmniQuant, arXiv 2308.13137, eq. 2; the lines marked there as ours keep the zero point inside 0..Q. */
 #ifndef OMNIQUANT_QUANTIZER_H
 #define OMNIQUANT_QUANTIZER_H
@@ -91,19 +91,48 @@ QUANTIZER_FUNCTION float quantizer_scale_slope(float w, struct group_grid grid, 
   return raw <= 0 ? -grid.zero_point : raw >= top ? top - grid.zero_point : rounded - x;
 }
 
-/* d scale / d f_hi and d scale / d f_lo of a group whose scale is not clamped. Where both ends of a symmetric range are
- * equally far from zero each takes half, as a maximum's gradient is shared by ties. */
-QUANTIZER_FUNCTION void quantizer_factor_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum, float minimum,
-                                                float *slope_hi, float *slope_lo) {
-  float high = quantizer_high(f_hi, maximum), low = quantizer_low(f_lo, minimum);
-  float share_hi = 1, share_lo = 1;
+/* d w_hat / d w is 1 here, 0 where an end holds the weight. */
+QUANTIZER_FUNCTION bool quantizer_inside(float w, struct group_grid grid, float top) {
+  float raw = quantizer_raw_code(w, grid);
+  return raw > 0 && raw < top;
+}
+
+/* The slope of a group's scale by each end of its range, or by what that end comes from. */
+struct end_slopes {
+  float high, low;
+};
+
+/* d scale / d high and d scale / d low; 0 where the scale is clamped. Where both ends of a symmetric range are equally far from zero each
+ * takes half, as a maximum's gradient is shared by ties. */
+QUANTIZER_FUNCTION struct end_slopes quantizer_range_slopes(const struct quantizer *q, float high, float low) {
+  struct end_slopes slopes = {0, 0};
+  if (quantizer_scale_clamped(quantizer_raw_scale(q, high, low))) return slopes;
+  float share_high = 1, share_low = 1;
   if (q->symmetric) {
-    share_hi = high > -low ? 1.0f : high == -low ? 0.5f : 0.0f;
-    share_lo = 1 - share_hi;
+    share_high = high > -low ? 1.0f : high == -low ? 0.5f : 0.0f;
+    share_low = 1 - share_high;
   }
-  bool clamped = quantizer_scale_clamped(quantizer_raw_scale(q, high, low));
-  *slope_hi = clamped ? 0 : share_hi * quantizer_max(maximum, 0) / quantizer_steps(q);
-  *slope_lo = clamped ? 0 : share_lo * -quantizer_min(minimum, 0) / quantizer_steps(q);
+  slopes.high = share_high / quantizer_steps(q);
+  slopes.low = -share_low / quantizer_steps(q);
+  return slopes;
+}
+
+/* d scale / d f_hi and d scale / d f_lo. */
+QUANTIZER_FUNCTION struct end_slopes quantizer_factor_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
+                                                             float minimum) {
+  struct end_slopes slopes = quantizer_range_slopes(q, quantizer_high(f_hi, maximum), quantizer_low(f_lo, minimum));
+  slopes.high *= quantizer_max(maximum, 0);
+  slopes.low *= quantizer_min(minimum, 0);
+  return slopes;
+}
+
+/* d scale / d maximum and d scale / d minimum, where the group's values move too; an end at zero does not follow them. */
+QUANTIZER_FUNCTION struct end_slopes quantizer_extreme_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
+                                                              float minimum) {
+  struct end_slopes slopes = quantizer_range_slopes(q, quantizer_high(f_hi, maximum), quantizer_low(f_lo, minimum));
+  slopes.high *= maximum > 0 ? f_hi : 0;
+  slopes.low *= minimum < 0 ? f_lo : 0;
+  return slopes;
 }
 
 #endif

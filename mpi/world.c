@@ -39,6 +39,21 @@ int world_init(struct world *world, int *argc, char ***argv, struct error *error
   return 0;
 }
 
+int world_join_team(struct world *world, int teams, struct world *team) {
+  int size = world->size / teams, number = world->rank / size;
+  *team = *world;
+  if (teams == 1) return 0;
+  team->size = size;
+  team->rank = world->rank % size;
+  require(world, MPI_Comm_split(world->communicator, number, world->rank, &team->communicator), "split into teams");
+  require(world, MPI_Comm_set_errhandler(team->communicator, MPI_ERRORS_RETURN), "error handler");
+  return number;
+}
+
+void world_leave_team(struct world *team) {
+  if (team->communicator != MPI_COMM_NULL && team->communicator != MPI_COMM_WORLD) MPI_Comm_free(&team->communicator);
+}
+
 void world_finalize(struct world *world) {
   (void)world;
   MPI_Finalize();
@@ -98,6 +113,13 @@ void world_allreduce(struct world *world, float *values, size_t count, float *sc
     allreduce_piece(world, values + done, count - done < PIECE ? count - done : PIECE, scratch);
 }
 
+void world_largest(struct world *world, float *values, size_t count) {
+  for (size_t done = 0; done < count && world->size > 1; done += PIECE) {
+    size_t piece = count - done < PIECE ? count - done : PIECE;
+    require(world, MPI_Allreduce(MPI_IN_PLACE, values + done, (int)piece, MPI_FLOAT, MPI_MAX, world->communicator), "allreduce");
+  }
+}
+
 void world_broadcast(struct world *world, void *bytes, size_t count) {
   for (size_t done = 0; done < count; done += PIECE) {
     size_t piece = count - done < PIECE ? count - done : PIECE;
@@ -112,21 +134,24 @@ void world_send(struct world *world, const void *bytes, size_t count, int to) {
   }
 }
 
-void world_receive(struct world *world, void *bytes, size_t count) {
+void world_receive(struct world *world, void *bytes, size_t count, int from) {
   for (size_t done = 0; done < count; done += PIECE) {
     size_t piece = count - done < PIECE ? count - done : PIECE;
-    require(world, MPI_Recv((char *)bytes + done, (int)piece, MPI_BYTE, 0, TAG_BYTES, world->communicator, MPI_STATUS_IGNORE), "receive");
+    require(world, MPI_Recv((char *)bytes + done, (int)piece, MPI_BYTE, from, TAG_BYTES, world->communicator, MPI_STATUS_IGNORE),
+            "receive");
   }
 }
 
 double world_max(struct world *world, double value) {
   double result;
+  if (world->size == 1) return value;
   require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_MAX, world->communicator), "allreduce");
   return result;
 }
 
 double world_sum(struct world *world, double value) {
   double result;
+  if (world->size == 1) return value;
   require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_SUM, world->communicator), "allreduce");
   return result;
 }

@@ -17,6 +17,11 @@ struct world {
 /* Starts MPI. Call once, first in main. */
 int world_init(struct world *world, int *argc, char ***argv, struct error *error);
 
+/* Divides the ranks into `teams` equal runs; `team` becomes the world of this rank's, and its number is returned. `teams` divides the number
+ * of ranks. world_leave_team frees it. Collective. */
+int world_join_team(struct world *world, int teams, struct world *team);
+void world_leave_team(struct world *team);
+
 /* Ends MPI. Collective. */
 void world_finalize(struct world *world);
 
@@ -34,12 +39,15 @@ void world_abort(struct world *world, const struct error *error) __attribute__((
 void world_allreduce(struct world *world, float *values, /* [count], in place */
                      size_t count, float *scratch /* [count] */);
 
+/* Each of the values becomes the largest over all ranks, on every rank. Collective. */
+void world_largest(struct world *world, float *values, /* [count], in place */ size_t count);
+
 /* Sends bytes of rank 0 to all. Collective. */
 void world_broadcast(struct world *world, void *bytes, size_t count);
 
-/* Rank 0 sends, rank `to` (not 0) receives; other ranks must not call. */
+/* One rank sends to another, which receives; other ranks must not call. */
 void world_send(struct world *world, const void *bytes, size_t count, int to);
-void world_receive(struct world *world, void *bytes, size_t count);
+void world_receive(struct world *world, void *bytes, size_t count, int from);
 
 /* The largest and the sum of one number over all ranks, on every rank. Collective. */
 double world_max(struct world *world, double value);

@@ -184,7 +184,7 @@ static int find_command(struct parse *parse, int argc, char **argv) {
       .options = options,
       .parser = parse_program,
       .args_doc = "SUBCOMMAND [ARGUMENT...]",
-      .doc = "Quantizes large language models block by block with learned weight clipping (OmniQuant), data-parallel over MPI: "
+      .doc = "Quantizes large language models block by block with learned clipping and scaling (OmniQuant), data-parallel over MPI: "
              "start it under mpirun or srun to use more than one process.\v"
              "'omniquant SUBCOMMAND --help' tells the arguments of each.\n"
              "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.",
@@ -257,7 +257,7 @@ static int check_given(const struct parse *parse, struct error *error) {
 
 /* Reads the command line of one subcommand. */
 static int run_subcommand(struct parse *parse, int argc, char **argv, const char *doc) {
-  enum { MOST = 3 };
+  enum { MOST = 4 };
   struct argp_child children[MOST + 2] = {{.argp = &common}};
   int code = 0;
   for (int i = 0; i < parse->group_count && code == 0; i++) {
@@ -285,7 +285,8 @@ static int check_backend(const char *backend, struct error *error) {
 static const struct setting calibrate_files[] = {
     {"model", SETTING_TEXT, AT(calibrate.model), REQUIRED, "DIR", NULL, "checkpoint folder with config.json and *.safetensors"},
     {"tokens", SETTING_TEXT, AT(calibrate.tokens), REQUIRED, "FILE", NULL, "calibration tokens as made by tools/tokenize.py"},
-    {"config", SETTING_TEXT, AT(config), OPTIONAL, "FILE", NULL, "recipe in YAML"},
+    {"config", SETTING_TEXTS, AT(configs), OPTIONAL, "FILE", NULL,
+     "recipe in YAML; given several times, all are calibrated in one pass, into OUT/NAME-OF-FILE each"},
     {"output", SETTING_TEXT, AT(calibrate.output), REQUIRED, "OUT", NULL, "folder to make, for the quantized model in HDF5"},
 };
 
@@ -334,8 +335,8 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
   };
   struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};
   int code = run_subcommand(&parse, argc, argv,
-                            "Quantizes a model block by block, learning the clipping of its weights on calibration tokens, and writes "
-                            "OUT/omniquant.h5 and OUT/blocks/.\v"
+                            "Quantizes a model block by block, learning on calibration tokens how its weights are clipped and scaled, and "
+                            "writes OUT/omniquant.h5 and OUT/blocks/.\v"
                             "Example:\n"
                             "  mpirun -np 2 omniquant calibrate --model llama --tokens text.h5 \\\n"
                             "      --config paper-w3a16g128.yaml --output llama-w3\n\n"
@@ -345,15 +346,84 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
   return arguments->blocks != NULL ? set_blocks(&arguments->calibrate, arguments->blocks, error) : 0;
 }
 
-int arguments_recipe(const struct arguments *arguments, struct recipe *recipe, struct error *error) {
+/* The recipe of one file, or of none. */
+static int read_recipe(const struct arguments *arguments, const char *config, struct recipe *recipe, struct error *error) {
   size_t count;
   const struct setting *settings = recipe_settings(&count);
   recipe_init(recipe);
-  if (arguments->config != NULL && recipe_load(recipe, arguments->config, error)) return error->code;
+  if (config != NULL && recipe_load(recipe, config, error)) return error->code;
   for (size_t i = 0; i < count; i++)
     if (arguments->overrides[i] != NULL && recipe_set(recipe, &settings[i], arguments->overrides[i], settings[i].name, error))
       return error->code;
-  return recipe_check(recipe, error);
+  struct error wrong = {0};
+  if (recipe_check(recipe, &wrong) == 0) return 0;
+  bool several = arguments->configs.count > 1;
+  return error_set(error, wrong.code, "%s%s%s", several ? printable(config).text : "", several ? ": " : "", wrong.message);
+}
+
+/* The name of a recipe file without folder and ending: *length bytes of the result. */
+static const char *recipe_name(const char *config, size_t *length) {
+  static const char *const endings[] = {".yaml", ".yml"};
+  const char *slash = strrchr(config, '/'), *name = slash != NULL ? slash + 1 : config;
+  *length = strlen(name);
+  for (size_t i = 0; i < COUNT(endings); i++) {
+    size_t ending = strlen(endings[i]);
+    if (*length < ending || strcmp(name + *length - ending, endings[i]) != 0) continue;
+    *length -= ending;
+    break;
+  }
+  return name;
+}
+
+/* Names the store of one recipe of the pass; those before it are named. */
+static int name_output(const struct arguments *arguments, struct calibrate_recipe *recipes, int index, struct error *error) {
+  const char *folder = arguments->calibrate.output, *const *config = arguments->configs.text, *name = "";
+  size_t length = 0;
+  bool several = arguments->configs.count > 1;
+  if (several) name = recipe_name(config[index], &length);
+  if (several && (length == 0 || strncmp(name, "..", length) == 0)) /* "", "." and ".." */
+    return error_set(error, ERROR_INPUT, "%s: no folder can be named after it: rename it", printable(config[index]).text);
+  char *output = recipes[index].output;
+  int written = snprintf(output, CALIBRATE_PATH_BYTES, "%s%s%.*s", folder, several ? "/" : "", (int)length, name);
+  if (written >= CALIBRATE_PATH_BYTES)
+    return error_set(error, ERROR_INPUT, "--output: '%s' and what is in it have names of more than %d bytes: choose a shorter one",
+                     printable(folder).text, CALIBRATE_PATH_BYTES - 1);
+  for (int i = 0; i < index; i++)
+    if (strcmp(recipes[i].output, output) == 0)
+      return error_set(error, ERROR_INPUT, "%s and %s: both would be stored as %s: rename one", printable(config[i]).text,
+                       printable(config[index]).text, printable(output).text);
+  return 0;
+}
+
+/* Recipes of one pass share its samples and the steps through them. */
+static int check_shared(const struct arguments *arguments, const struct calibrate_recipe *recipes, int index, struct error *error) {
+  static const char *const shared[] = {"samples", "seqlen", "sampling", "seed", "batch"};
+  const char *const *config = arguments->configs.text;
+  size_t count;
+  const struct setting *settings = recipe_settings(&count);
+  for (size_t i = 0; i < COUNT(shared); i++)
+    if (!recipe_same(&recipes[0].recipe, &recipes[index].recipe, setting_find(settings, count, shared[i])))
+      return error_set(error, ERROR_INPUT, "%s and %s: %s differs, which all recipes of one pass share: give it as --%s, or run them apart",
+                       printable(config[0]).text, printable(config[index]).text, shared[i], shared[i]);
+  return 0;
+}
+
+int arguments_recipes(const struct arguments *arguments, struct calibrate_recipe recipes[CALIBRATE_MAX_RECIPES], int *count,
+                      struct error *error) {
+  const struct setting_texts *configs = &arguments->configs;
+  _Static_assert((int)CALIBRATE_MAX_RECIPES == (int)SETTING_MAX_TEXTS, "each --config has its recipe");
+  *count = configs->count > 1 ? configs->count : 1;
+  memset(recipes, 0, CALIBRATE_MAX_RECIPES * sizeof *recipes);
+  for (int i = 0; i < *count && error->code == 0; i++) {
+    if (read_recipe(arguments, configs->count > 0 ? configs->text[i] : NULL, &recipes[i].recipe, error)) break;
+    if (name_output(arguments, recipes, i, error)) break;
+    if (i > 0) check_shared(arguments, recipes, i, error);
+  }
+  return error->code;
+}
+
+static int check_bits(const char *flag, int bits, struct error *error) {
+  return bits == 1 ? error_set(error, ERROR_INPUT, "%s: 1 is neither 0 nor in 2..16", flag) : 0;
 }
 
 static const struct setting eval_files[] = {
@@ -369,6 +439,13 @@ static const struct setting eval_windows[] = {
     {"windows", SETTING_INT, AT(evaluate.windows), 0, INT_MAX, NULL, "0", "consecutive windows; 0: as many as the file holds"},
 };
 
+static const struct setting eval_activations[] = {
+    {"abits", SETTING_INT, AT(evaluate.abits), 0, 16, NULL, "0",
+     "bits of the activations that linear layers read; 0: as the recipe in OUT says, 16 without OUT"},
+    {"kv_bits", SETTING_INT, AT(evaluate.kv_bits), 0, 16, NULL, "0",
+     "bits of queries, keys and values; 0: as the recipe in OUT says, else as abits"},
+};
+
 static const struct setting eval_run[] = {
     {"json", SETTING_BOOL, AT(evaluate.json), 0, 1, NULL, NULL, "print one JSON object"},
     {"backend", SETTING_TEXT, AT(evaluate.backend), OPTIONAL, "cpu", "cpu", "what computes"},
@@ -379,13 +456,17 @@ int arguments_eval(struct arguments *arguments, int argc, char **argv, struct er
   struct group groups[] = {
       {.header = "Files:", .settings = eval_files, .count = COUNT(eval_files), .target = arguments},
       {.header = "Text:", .settings = eval_windows, .count = COUNT(eval_windows), .target = arguments},
+      {.header = "Activations:", .settings = eval_activations, .count = COUNT(eval_activations), .target = arguments},
       {.header = "Run:", .settings = eval_run, .count = COUNT(eval_run), .target = arguments},
   };
   struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};
   int code = run_subcommand(&parse, argc, argv,
                             "Measures perplexity over consecutive windows that do not overlap, of the model as it is or as quantized.\v"
                             "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
-  return code != 0 || arguments->answered ? code : check_backend(arguments->evaluate.backend, error);
+  if (code != 0 || arguments->answered) return code;
+  if (check_bits("--abits", arguments->evaluate.abits, error) || check_bits("--kv-bits", arguments->evaluate.kv_bits, error))
+    return error->code;
+  return check_backend(arguments->evaluate.backend, error);
 }
 
 static const struct setting inspect_output[] = {

@@ -16,10 +16,10 @@ struct arguments {
   bool answered; /* out: --help, --usage or --version was asked and printed: nothing is left to do */
 
   struct calibrate_options calibrate;
-  const char *config;     /* recipe file of calibrate, or NULL */
-  const char *blocks;     /* "A:B" of calibrate, or NULL */
-  struct recipe flags;    /* scratch: recipe flags are read into it to be checked where they stand */
-  const char **overrides; /* [settings of a recipe] text of the recipe flags given, NULL for those not given; owned */
+  struct setting_texts configs; /* recipe files of calibrate */
+  const char *blocks;           /* "A:B" of calibrate, or NULL */
+  struct recipe flags;          /* scratch: recipe flags are read into it to be checked where they stand */
+  const char **overrides;       /* [settings of a recipe] text of the recipe flags given, NULL for those not given; owned */
 
   struct evaluate_options evaluate;
 
@@ -52,7 +52,10 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
 int arguments_eval(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct error *error);
 
-/* Makes the recipe of a calibration: defaults, then the file, then the flags, whatever their order was; checked. Reads the file. */
-int arguments_recipe(const struct arguments *arguments, struct recipe *recipe, struct error *error);
+/* Makes the recipes of a calibration, one for each --config or one without: defaults, then the file, then the flags, whatever their order
+ * was; checked, by themselves and against each other. Of several the store is OUT/NAME, NAME being that of the file without .yaml.
+ * Reads the files. */
+int arguments_recipes(const struct arguments *arguments, struct calibrate_recipe recipes[CALIBRATE_MAX_RECIPES], /* every byte assigned */
+                      int *count, struct error *error);
 
 #endif

@@ -1,64 +1,96 @@
-/* block.h: one transformer block on one rank: its weights, one sample's activations, forward and backward.
+/* block.h: one transformer block of any family on one rank: its weights, one sample's activations, forward and backward.
  *
- *     n1 = norm(x);  q, k, v = linear(n1);  a = attention(rope(q), rope(k), v);  h = x + linear_o(a)
- *     n2 = norm(h);  y = h + linear_down(silu(linear_gate(n2)) * linear_up(n2))                                          */
+ *     n1 = norm(x);   q, k, v = linear(n1);  a = attention(rope(q), rope(k), v);  h = x + linear_o(a)
+ *     n2 = norm(h);   y = h + mlp(n2),  mlp(n) = linear_down(silu(linear_gate(n)) * linear_up(n)),  or linear_down(activation(linear_up(n)))
+ *
+ * parallel: n2 = norm(x), or n1 where there is one norm.  post_norm: n1 = x, n2 = h, and h and y are the norms of these sums.
+ * Experts: mlp(n) is the sum over each token's experts of their MLPs, weighted by the router. */
 #ifndef OMNIQUANT_BLOCK_H
 #define OMNIQUANT_BLOCK_H
 
 #include "kernels.h"
 #include "model.h"
+#include "recipe.h"
 
 struct block {
   const struct model *model;
   struct kernels *k;
-  int tokens; /* T of every sample */
+  int tokens;                            /* T of every sample */
+  int64_t rows;                          /* rows that the MLPs compute: T, or T * experts_per_token */
+  struct activation_quantizer quantizer; /* of activations where BLOCK_QUANTIZED; may be changed between samples */
 
   data *weights;   /* all tensors of the block in full precision, at their element_offset */
-  data *effective; /* the linear weights as the quantized block uses them, at their linear's element_offset */
+  data *effective; /* the same as the quantized block uses them: quantized, scaled, shifted; may be `weights` itself */
 
-  float *cosine, *sine; /* [T, D/2] */
+  float *cosine, *sine; /* [T, D/2]; NULL without rotary positions */
 
-  /* What forward leaves for backward. */
-  data *n1, *q, *key, *v; /* q and key after head norm and rope */
-  data *q_raw, *key_raw;  /* before the head norm, in families that have one, else NULL */
-  data *a;                /* attention's output */
-  float *logsum;          /* [heads, T] */
-  data *h, *n2, *gate, *up, *act;
+  /* What forward leaves for backward. A name with _hat is the quantized copy that linear layers and attention read, there only for a
+   * block that may quantize activations. */
+  data *n1, *n1_hat;               /* [T, hidden] */
+  data *q, *key, *v;               /* [T, heads * D], [T, kv_heads * D]; q and key after head norm and rope */
+  data *q_hat, *key_hat, *v_hat;   /* the same */
+  data *q_raw, *key_raw;           /* before the head norm, in families that have one, else NULL */
+  data *a, *a_hat;                 /* [T, heads * D] attention's output */
+  float *logsum;                   /* [heads, T] */
+  data *sum1, *sum2;               /* [T, hidden] before their norms, in families that normalize sums, else NULL */
+  data *h, *n2, *n2_hat;           /* [T, hidden] */
+  data *gate, *up, *act, *act_hat; /* [rows, ffn]; no gate where the activation is plain */
 
-  /* Gradients; NULL unless trained. dw serves one weight at a time. */
-  data *dw, *dq, *dk, *dv, *da, *dh, *dn, *dgate, *dup;
+  /* Experts; NULL or 0 for a dense MLP. */
+  data *logits;           /* [T, experts] */
+  struct routing routing; /* device */
+  int32_t *offset;        /* [experts + 1] routing.offset on the host */
+  int64_t *expert_tokens; /* [experts] tokens that quantized forward passes have sent to each; the caller clears it */
+  data *expert_in;        /* [rows, hidden] */
+  data *expert_out;       /* [rows, hidden] */
+
+  /* Gradients; NULL unless trained. dw serves one weight at a time, dvector one norm or bias. */
+  data *dw, *dq, *dk, *dv, *da, *dsum, *dh, *dn1, *dn2, *dgate, *dup;
+  float *dvector, *dbias;
+  data *dlogits, *dexpert_in, *dexpert_out;
+  float *dshare; /* [T, top] of the experts' weights */
 };
 
-/* Which weights forward and backward use. */
+/* Which weights forward and backward use, and whether activations are quantized. */
 enum block_weights { BLOCK_FULL, BLOCK_QUANTIZED };
 
-/* Receives the gradient of each linear layer's weight as soon as backward has it. */
+/* Receives gradients as soon as backward has them. */
 struct gradient_sink {
-  void (*weight)(void *context, enum linear_role role, const data *dw /* [C_out, C_in], valid during the call */);
+  void (*weight)(void *context, int linear, const data *dw /* [C_out, C_in], valid during the call */);
+  /* Norm weights and biases and linear biases; and weight() of the router. NULL: not wanted. */
+  void (*vector)(void *context, int tensor, const float *d /* valid during the call */);
   void *context;
 };
 
-/* Allocates for samples of `tokens` tokens. `model` and `k` must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
-int block_init(struct block *block, const struct model *model, struct kernels *k, int tokens,
-               bool quantized, /* whether effective weights are kept */
-               bool trained,   /* whether backward will be called */
-               struct error *error);
+/* What a block is used for. */
+struct block_use {
+  int tokens;            /* T of every sample */
+  bool effective;        /* effective weights beside the full ones; false: they are the same memory */
+  bool quantized_inputs; /* activations may be quantized */
+  bool trained;          /* backward will be called */
+};
+
+/* Allocates. `model` and `k` must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
+int block_init(struct block *block, const struct model *model, struct kernels *k, const struct block_use *use, struct error *error);
 void block_free(struct block *block);
 
-/* Takes the full-precision weights out of an image (model.h). */
+/* Takes the full-precision tensors out of an image (model.h); effective ones that are not quantized become the same. */
 void block_load(struct block *block, const void *image /* host memory, model->image_bytes */);
 
-/* A linear layer's weight: full precision, or where the quantizer puts the effective one. */
-const data *block_weight(const struct block *block, enum linear_role role, enum block_weights which);
-data *block_effective(const struct block *block, enum linear_role role);
+/* Makes the effective tensors that are not quantized (norms, biases, router) the full-precision ones again. */
+void block_restore(struct block *block);
 
-/* The activations that a linear layer reads in the latest forward: [T, C_in]. */
-const data *block_input_of(const struct block *block, enum linear_role role);
+/* A tensor in full precision or as the quantized block uses it; NULL for ABSENT. */
+data *block_tensor(const struct block *block, enum block_weights which, int tensor);
+
+/* The rows that a linear layer read in the latest forward, not quantized: [*rows, C_in]; an expert's are those of its tokens. */
+const data *block_input(const struct block *block, int linear, int64_t *rows);
 
 /* y = block(x), both [T, hidden]; y may be x when no backward follows. */
 void block_forward(struct block *block, enum block_weights which, data *y, const data *x);
 
-/* After block_forward of the same x and weights: hands every weight's gradient to the sink and, unless dx is NULL, assigns the input's. */
+/* After block_forward of the same x and weights: hands gradients to the sink (an expert's without tokens are zero and left out) and, unless
+ * dx is NULL, assigns the input's. */
 void block_backward(struct block *block, enum block_weights which, data *dx, /* [T, hidden] or NULL */
                     const data *dy, const data *x, const struct gradient_sink *sink);
 

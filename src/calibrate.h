@@ -1,4 +1,4 @@
-/* calibrate.h: the main job: from safetensors to a store of quantized blocks (method.md section 2). */
+/* calibrate.h: the main job: from safetensors to stores of quantized blocks (method.md section 4). */
 #ifndef OMNIQUANT_CALIBRATE_H
 #define OMNIQUANT_CALIBRATE_H
 
@@ -7,17 +7,27 @@
 
 struct world;
 
+enum { CALIBRATE_MAX_RECIPES = 16, CALIBRATE_PATH_BYTES = 1024 };
+
+/* One recipe of a pass and the store that it makes. Sent between ranks as bytes. */
+struct calibrate_recipe {
+  struct recipe recipe;
+  char output[CALIBRATE_PATH_BYTES];
+};
+
 struct calibrate_options {
   const char *model;   /* checkpoint folder; only rank 0 opens it */
   const char *tokens;  /* token file; only rank 0 opens it */
-  const char *output;  /* store to make */
+  const char *output;  /* the store of one recipe, the folder of the stores of several */
   int first_block;     /* blocks [first_block, end_block) are quantized; those before stay full precision and are passed through */
   int end_block;       /* 0: all */
   const char *backend; /* "cpu" */
   int threads;         /* threads a rank; 0: cores of the node over its ranks */
 };
 
-/* Collective over all ranks. On failure every rank returns the same code and message. */
-int calibrate(struct world *world, const struct calibrate_options *options, const struct recipe *recipe, struct error *error);
+/* One pass over the model for all recipes, which agree in their samples, seqlen, sampling, seed and batch. Collective over all ranks. On
+ * failure every rank returns the same code and message. */
+int calibrate(struct world *world, const struct calibrate_options *options, const struct calibrate_recipe *recipes, /* [count] */
+              int count, struct error *error);
 
 #endif

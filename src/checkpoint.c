@@ -8,10 +8,13 @@
 
 #include "safetensors.h"
 
+enum { FIRST_POSITION = 2 }; /* row of the table of learned positions that a sample begins with; those before are for padding */
+
 struct checkpoint {
   struct safetensors *tensors;
   struct model model;
   char *config;
+  size_t bare;               /* bytes that names lack at their beginning where a model was saved without its head: "model." */
   double test_delay_seconds; /* OMNIQUANT_TEST_READ_SECONDS: what reading a block is made to take longer, to measure overlap */
 };
 
@@ -37,8 +40,16 @@ static char *read_text(const char *path, struct error *error) {
   return fitted ? fitted : text;
 }
 
+/* Where transformers saved a model without its head, names begin after the first point of the embedding's. */
+static void find_bare_names(struct checkpoint *checkpoint) {
+  const char *embedding = model_names(&checkpoint->model)->embedding, *bare = strchr(embedding, '.') + 1;
+  if (!safetensors_find(checkpoint->tensors, embedding) && safetensors_find(checkpoint->tensors, bare))
+    checkpoint->bare = (size_t)(bare - embedding);
+}
+
 static const struct tensor *find_tensor(const struct checkpoint *checkpoint, const char *name, int dimensions, int64_t rows,
                                         int64_t columns, struct error *error) {
+  if (strncmp(name, model_names(&checkpoint->model)->embedding, checkpoint->bare) == 0) name += checkpoint->bare;
   const struct tensor *tensor = safetensors_find(checkpoint->tensors, name);
   if (!tensor) {
     error_set(error, ERROR_INPUT, "%s: tensor '%s' is missing; the checkpoint is not whole or not of model_type %s",
@@ -65,18 +76,41 @@ static const struct tensor *find_tensor(const struct checkpoint *checkpoint, con
   return tensor;
 }
 
+/* A tensor of a block, or the one that it is a part of. */
 static const struct tensor *find_block_tensor(const struct checkpoint *checkpoint, int block, int i, struct error *error) {
   const struct block_tensor *part = &checkpoint->model.tensor[i];
+  bool matrix = part->dimensions == 2;
   char name[128];
   int length = snprintf(name, sizeof name, model_names(&checkpoint->model)->block_prefix, block);
   snprintf(name + length, sizeof name - (size_t)length, "%s", part->name);
-  return find_tensor(checkpoint, name, part->dimensions, part->rows, part->columns, error);
+  return find_tensor(checkpoint, name, part->dimensions, part->source.total, matrix ? part->columns : part->source.total, error);
 }
 
-static const struct tensor *find_head(const struct checkpoint *checkpoint, struct error *error) {
+/* ---- tensors outside the blocks; they are there, says checkpoint_open ---- */
+
+enum outside { OUTSIDE_EMBEDDING, OUTSIDE_POSITIONS, OUTSIDE_IN, OUTSIDE_NORM, OUTSIDE_NORM_BIAS, OUTSIDE_OUT, OUTSIDE_HEAD, OUTSIDES };
+
+/* NULL, without an error, for what the model has not. */
+static const struct tensor *find_outside(const struct checkpoint *checkpoint, enum outside which, struct error *error) {
   const struct model *model = &checkpoint->model;
   const struct model_names *names = model_names(model);
-  return find_tensor(checkpoint, model->tied_embeddings ? names->embedding : names->head, 2, model->vocabulary, model->hidden, error);
+  int64_t H = model->hidden, E = model->embedding, V = model->vocabulary;
+  const struct {
+    const char *name;
+    int64_t rows, columns;
+    bool has;
+  } shapes[OUTSIDES] = {
+      [OUTSIDE_EMBEDDING] = {names->embedding, V, E, true},
+      [OUTSIDE_POSITIONS] = {names->positions, FIRST_POSITION + (int64_t)model->positions, H, model->positions > 0},
+      [OUTSIDE_IN] = {names->project_in, H, E, E != H},
+      [OUTSIDE_NORM] = {names->final_norm, 1, H, model->final_norm},
+      [OUTSIDE_NORM_BIAS] = {names->final_norm_bias, 1, H, model->final_norm && model->layer_norm},
+      [OUTSIDE_OUT] = {names->project_out, E, H, E != H},
+      [OUTSIDE_HEAD] = {model->tied_embeddings ? names->embedding : names->head, V, E, true},
+  };
+  if (!shapes[which].has) return NULL;
+  bool vector = which == OUTSIDE_NORM || which == OUTSIDE_NORM_BIAS;
+  return find_tensor(checkpoint, shapes[which].name, vector ? 1 : 2, shapes[which].rows, shapes[which].columns, error);
 }
 
 /* Checks all tensors and takes each one's type, F32 where blocks differ. */
@@ -92,10 +126,7 @@ static int check_tensors(struct checkpoint *checkpoint, struct error *error) {
         model->tensor[i].dtype = DTYPE_F32;
     }
   model_layout(model);
-  const struct model_names *names = model_names(model);
-  if (!find_tensor(checkpoint, names->embedding, 2, model->vocabulary, model->hidden, error)) return error->code;
-  if (!find_tensor(checkpoint, names->final_norm, 1, 1, model->hidden, error)) return error->code;
-  find_head(checkpoint, error);
+  for (enum outside which = 0; which < OUTSIDES && !error->code; which++) find_outside(checkpoint, which, error);
   return error->code;
 }
 
@@ -109,6 +140,7 @@ int checkpoint_open(const char *folder, struct model *model, struct checkpoint *
   c->config = read_text(path, error);
   if (!c->config || model_parse(&c->model, c->config, path, error)) goto fail;
   if (safetensors_open(folder, &c->tensors, error)) goto fail;
+  find_bare_names(c);
   if (check_tensors(c, error)) goto fail;
   *model = c->model;
   return 0;
@@ -160,20 +192,30 @@ static void test_delay(const struct checkpoint *checkpoint) {
   if (checkpoint->test_delay_seconds > 0) nanosleep(&pause, NULL);
 }
 
+/* Copies elements [first, first + count) of a tensor as `dtype`. */
+static void copy_elements(void *to, enum dtype dtype, const struct tensor *tensor, int64_t first, int64_t count) {
+  size_t offset = (size_t)first * dtype_size(tensor->dtype), bytes = (size_t)count * dtype_size(tensor->dtype);
+  const char *from = (const char *)tensor->data + offset;
+  safetensors_prefetch(tensor, offset, bytes);
+  if (tensor->dtype == dtype)
+    memcpy(to, from, bytes);
+  else
+    convert(to, from, tensor->dtype, count);
+  safetensors_release(tensor, offset, bytes);
+}
+
 int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct model *model, int block, int index, void *image,
                            struct error *error) {
   const struct block_tensor *part = &model->tensor[index];
   const struct tensor *tensor = find_block_tensor(checkpoint, block, index, error);
   if (!tensor) return error->code;
-  int64_t count = part->rows * part->columns;
-  void *to = (char *)image + part->image_offset;
-  safetensors_prefetch(tensor, 0, tensor->bytes);
-  if (tensor->dtype == part->dtype)
-    memcpy(to, tensor->data, tensor->bytes);
-  else
-    convert(to, tensor->data, tensor->dtype, count);
-  safetensors_release(tensor, 0, tensor->bytes);
-  return all_finite(to, part->dtype, count) ? 0 : not_finite(tensor, error);
+  bool matrix = part->dimensions == 2;
+  int64_t rows = matrix ? part->rows : part->columns, columns = matrix ? part->columns : 1;
+  char *to = (char *)image + part->image_offset;
+  for (int64_t row = 0; row < rows; row += part->source.run)
+    copy_elements(to + (size_t)(row * columns) * dtype_size(part->dtype), part->dtype, tensor, source_row(&part->source, row) * columns,
+                  part->source.run * columns);
+  return all_finite(to, part->dtype, rows * columns) ? 0 : not_finite(tensor, error);
 }
 
 int checkpoint_read_block(const struct checkpoint *checkpoint, const struct model *model, int block, void *image, struct error *error) {
@@ -183,36 +225,95 @@ int checkpoint_read_block(const struct checkpoint *checkpoint, const struct mode
   return error->code;
 }
 
-/* Row `row` of a matrix of `columns` columns. */
-static const void *tensor_row(const struct tensor *tensor, int64_t row, int64_t columns) {
-  return (const char *)tensor->data + (size_t)(row * columns) * dtype_size(tensor->dtype);
+/* Rows [first, first + count) of a matrix, or a vector as its row 0, as fp32. */
+static int read_rows(const struct tensor *tensor, int64_t first, int64_t count, float *out, struct error *error) {
+  int64_t columns = tensor->shape[tensor->dimensions - 1];
+  copy_elements(out, DTYPE_F32, tensor, first * columns, count * columns);
+  return all_finite(out, DTYPE_F32, count * columns) ? 0 : not_finite(tensor, error);
+}
+
+/* All of a tensor outside the blocks. */
+static int read_outside(const struct checkpoint *checkpoint, enum outside which, float *out, struct error *error) {
+  const struct tensor *tensor = find_outside(checkpoint, which, error);
+  if (!tensor) return error->code;
+  return read_rows(tensor, 0, tensor->dimensions == 2 ? tensor->shape[0] : 1, out, error);
+}
+
+/* The embedding's rows of these tokens; its pages are given back once. */
+static int read_embeddings(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, /* [count, embedding] */
+                           struct error *error) {
+  const struct tensor *table = find_outside(checkpoint, OUTSIDE_EMBEDDING, error);
+  if (!table) return error->code;
+  int64_t columns = checkpoint->model.embedding;
+  for (int64_t i = 0; i < count; i++)
+    convert(out + i * columns, (const char *)table->data + (size_t)(ids[i] * columns) * dtype_size(table->dtype), table->dtype, columns);
+  safetensors_release(table, 0, table->bytes);
+  return all_finite(out, DTYPE_F32, count * columns) ? 0 : not_finite(table, error);
+}
+
+/* out = in W^T */
+static void project(float *out, /* [count, rows] */
+                    const float *in /* [count, columns] */, const float *w /* [rows, columns] */, int64_t count, int64_t rows,
+                    int64_t columns) {
+#pragma omp parallel for
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t row = 0; row < rows; row++) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < columns; c++) sum += in[i * columns + c] * w[row * columns + c];
+      out[i * rows + row] = sum;
+    }
+}
+
+/* Embeddings of another width than the hidden states. */
+static int embed_projected(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, struct error *error) {
+  int64_t H = checkpoint->model.hidden, E = checkpoint->model.embedding;
+  float *narrow = calloc((size_t)(count * E), sizeof *narrow), *w = calloc((size_t)(H * E), sizeof *w);
+  if (!narrow || !w)
+    error_set(error, ERROR_WORK, "out of memory for the embedding's projection");
+  else if (!read_embeddings(checkpoint, ids, count, narrow, error) && !read_outside(checkpoint, OUTSIDE_IN, w, error))
+    project(out, narrow, w, count, H, E);
+  free(narrow);
+  free(w);
+  return error->code;
+}
+
+static int add_positions(const struct checkpoint *checkpoint, int64_t count, float *out, struct error *error) {
+  const struct tensor *table = find_outside(checkpoint, OUTSIDE_POSITIONS, error);
+  if (!table) return error->code;
+  int64_t elements = count * checkpoint->model.hidden;
+  float *positions = malloc((size_t)elements * sizeof *positions);
+  if (!positions) return error_set(error, ERROR_WORK, "out of memory for the positions of a sample");
+  if (!read_rows(table, FIRST_POSITION, count, positions, error))
+    for (int64_t i = 0; i < elements; i++) out[i] += positions[i];
+  free(positions);
+  return error->code;
 }
 
 int checkpoint_embed(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, struct error *error) {
   const struct model *model = &checkpoint->model;
-  const struct tensor *table = safetensors_find(checkpoint->tensors, model_names(model)->embedding);
-  for (int64_t i = 0; i < count; i++)
-    convert(out + i * model->hidden, tensor_row(table, ids[i], model->hidden), table->dtype, model->hidden);
-  safetensors_release(table, 0, table->bytes);
-  return all_finite(out, DTYPE_F32, count * model->hidden) ? 0 : not_finite(table, error);
+  if (model->embedding == model->hidden)
+    read_embeddings(checkpoint, ids, count, out, error);
+  else
+    embed_projected(checkpoint, ids, count, out, error);
+  return error->code ? error->code : add_positions(checkpoint, count, out, error);
 }
 
 int checkpoint_read_final_norm(const struct checkpoint *checkpoint, float *out, struct error *error) {
-  const struct model *model = &checkpoint->model;
-  const struct tensor *norm = safetensors_find(checkpoint->tensors, model_names(model)->final_norm);
-  convert(out, norm->data, norm->dtype, model->hidden);
-  return all_finite(out, DTYPE_F32, model->hidden) ? 0 : not_finite(norm, error);
+  return read_outside(checkpoint, OUTSIDE_NORM, out, error);
+}
+
+int checkpoint_read_final_norm_bias(const struct checkpoint *checkpoint, float *out, struct error *error) {
+  return read_outside(checkpoint, OUTSIDE_NORM_BIAS, out, error);
+}
+
+int checkpoint_read_project_out(const struct checkpoint *checkpoint, float *out, struct error *error) {
+  return read_outside(checkpoint, OUTSIDE_OUT, out, error);
 }
 
 int checkpoint_read_head(const struct checkpoint *checkpoint, int64_t first, int64_t count, float *out, struct error *error) {
-  const struct model *model = &checkpoint->model;
-  const struct tensor *head = find_head(checkpoint, error);
-  if (!head) return error->code;
-  size_t row_bytes = (size_t)model->hidden * dtype_size(head->dtype);
-  safetensors_prefetch(head, (size_t)first * row_bytes, (size_t)count * row_bytes);
-  convert(out, tensor_row(head, first, model->hidden), head->dtype, count * model->hidden);
-  safetensors_release(head, (size_t)first * row_bytes, (size_t)count * row_bytes);
-  return all_finite(out, DTYPE_F32, count * model->hidden) ? 0 : not_finite(head, error);
+  const struct tensor *head = find_outside(checkpoint, OUTSIDE_HEAD, error);
+  return head ? read_rows(head, first, count, out, error) : error->code;
 }
 
 void checkpoint_close(struct checkpoint *checkpoint) {

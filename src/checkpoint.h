@@ -26,12 +26,15 @@ int checkpoint_read_block(const struct checkpoint *checkpoint, const struct mode
 int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct model *model, int block, int index, void *image,
                            struct error *error);
 
-/* Rows of the embedding, as the first block's input. */
+/* Tokens 0 .. count - 1 of a sample as the first block's input: embedding, projected and with positions in families that have these. */
 int checkpoint_embed(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, /* [count, hidden] */
                      struct error *error);
 
-/* The final norm's weight, [hidden], and rows [first, first + count) of the head, [count, hidden], as fp32. */
+/* What stands behind the last block, as fp32; a function of what the model has not must not be called. Of the final norm the weight, [hidden],
+ * and the bias of a LayerNorm, [hidden]; the projection, [embedding, hidden]; rows [first, first + count) of the head, [count, embedding]. */
 int checkpoint_read_final_norm(const struct checkpoint *checkpoint, float *out, struct error *error);
+int checkpoint_read_final_norm_bias(const struct checkpoint *checkpoint, float *out, struct error *error);
+int checkpoint_read_project_out(const struct checkpoint *checkpoint, float *out, struct error *error);
 int checkpoint_read_head(const struct checkpoint *checkpoint, int64_t first, int64_t count, float *out, struct error *error);
 
 /* NULL is allowed. */

@@ -1,22 +1,26 @@
-/* dequantize.c: unpacking and scaling of stored codes. */
+/* dequantize.c: unpacking and scaling of stored codes, and finding what belongs where in a block. */
 #include "dequantize.h"
 
+#include <math.h>
 #include <string.h>
 
-void dequantize_linear(const struct quantized_linear *linear, float *out) {
+#include "printable.h"
+
+static void dequantize_row(const struct quantized_linear *linear, int64_t row, float *out /* [in_features] */) {
   int bits = linear->bits;
-  int64_t row_bytes = packed_row_bytes(linear->in_features, bits);
   int64_t per_row = (linear->in_features + linear->group_size - 1) / linear->group_size;
-  for (int64_t row = 0; row < linear->out_features; row++) {
-    const uint8_t *codes = linear->codes + row * row_bytes;
-    for (int64_t i = 0; i < linear->in_features; i++) {
-      int64_t position = i * bits, group = row * per_row + i / linear->group_size;
-      uint32_t window = codes[position / 8];
-      if (position % 8 + bits > 8) window |= (uint32_t)codes[position / 8 + 1] << 8;
-      int code = (int)(window >> position % 8 & ((1u << bits) - 1));
-      out[row * linear->in_features + i] = (float)(code - linear->zero_point[group]) * half_to_float(linear->scale[group]);
-    }
+  const uint8_t *codes = linear->codes + row * packed_row_bytes(linear->in_features, bits);
+  for (int64_t i = 0; i < linear->in_features; i++) {
+    int64_t position = i * bits, group = row * per_row + i / linear->group_size;
+    uint32_t window = codes[position / 8];
+    if (position % 8 + bits > 8) window |= (uint32_t)codes[position / 8 + 1] << 8;
+    int code = (int)(window >> position % 8 & ((1u << bits) - 1));
+    out[i] = (float)(code - linear->zero_point[group]) * half_to_float(linear->scale[group]);
   }
+}
+
+void dequantize_linear(const struct quantized_linear *linear, float *out) {
+  for (int64_t row = 0; row < linear->out_features; row++) dequantize_row(linear, row, out + row * linear->in_features);
 }
 
 static const struct quantized_linear *find_linear(const struct block_record *record, const char *name) {
@@ -25,14 +29,59 @@ static const struct quantized_linear *find_linear(const struct block_record *rec
   return NULL;
 }
 
-int dequantize_block(const struct block_record *record, const struct model *model, void *image, const char *where, struct error *error) {
-  for (int i = 0; i < LINEARS; i++) {
-    const struct linear *linear = &model->linear[i];
-    const struct quantized_linear *stored = find_linear(record, linear->name);
-    if (!stored || stored->out_features != linear->rows || stored->in_features != linear->columns)
-      return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s; it was made from another model", where, record->index, linear->name,
-                       stored ? "another shape than the model's" : "missing");
-    dequantize_linear(stored, (float *)(void *)((char *)image + model->tensor[linear->weight].image_offset));
-  }
+/* The model's tensor of that name that is not quantized, or NULL. */
+static const struct block_tensor *find_tensor(const struct model *model, const char *name) {
+  for (int i = 0; i < model->linears; i++)
+    if (model->linear[i].quantized && strcmp(model->tensor[model->linear[i].weight].name, name) == 0) return NULL;
+  for (int i = 0; i < model->tensors; i++)
+    if (strcmp(model->tensor[i].name, name) == 0) return &model->tensor[i];
+  return NULL;
+}
+
+static float *image_floats(const struct block_tensor *tensor, void *image) {
+  return (float *)(void *)((char *)image + tensor->image_offset);
+}
+
+/* One of the model's linear layers, which may be some rows of the stored one. */
+static int put_linear(const struct block_record *record, const struct model *model, const struct linear *linear, void *image,
+                      const char *where, struct error *error) {
+  const struct quantized_linear *stored = find_linear(record, linear->name);
+  const struct block_tensor *weight = &model->tensor[linear->weight];
+  if (!stored || stored->out_features != weight->source.total || stored->in_features != weight->columns)
+    return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s; it was made from another model", where, record->index, linear->name,
+                     stored ? "another shape than the model's" : "missing");
+  float *out = image_floats(weight, image);
+  for (int64_t row = 0; row < weight->rows; row++) dequantize_row(stored, source_row(&weight->source, row), out + row * weight->columns);
   return 0;
+}
+
+/* A norm's weight or bias, a linear layer's bias, or the router. */
+static int put_folded(const struct block_record *record, const struct model *model, const struct named_array *array, void *image,
+                      const char *where, struct error *error) {
+  const struct block_tensor *tensor = find_tensor(model, array->name);
+  const char *wrong = NULL;
+  bool matrix = tensor && tensor->dimensions == 2;
+  if (!tensor)
+    wrong = "the model has no such tensor to replace";
+  else if (array->dimensions != tensor->dimensions || array->shape[0] != (matrix ? tensor->rows : tensor->columns) ||
+           (matrix && array->shape[1] != tensor->columns))
+    wrong = "another shape than the model's";
+  if (wrong)
+    return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s; it was made from another model", where, record->index,
+                     printable(array->name).text, wrong);
+  float *out = image_floats(tensor, image);
+  bool finite = true;
+  for (int64_t i = 0; i < tensor->rows * tensor->columns; i++) {
+    out[i] = array->values[i];
+    finite = finite && isfinite(out[i]);
+  }
+  if (finite) return 0;
+  return error_set(error, ERROR_INPUT, "%s: block %d: %s: holds NaN or infinity; calibrate again", where, record->index, array->name);
+}
+
+int dequantize_block(const struct block_record *record, const struct model *model, void *image, const char *where, struct error *error) {
+  for (int i = 0; i < model->linears && !error->code; i++)
+    if (model->linear[i].quantized) put_linear(record, model, &model->linear[i], image, where, error);
+  for (int i = 0; i < record->folded_arrays && !error->code; i++) put_folded(record, model, &record->folded[i], image, where, error);
+  return error->code;
 }

@@ -1,4 +1,4 @@
-/* dequantize.h: from stored codes to weights. */
+/* dequantize.h: from a stored block to its weights. */
 #ifndef OMNIQUANT_DEQUANTIZE_H
 #define OMNIQUANT_DEQUANTIZE_H
 
@@ -8,8 +8,8 @@
 /* out = (code - zero_point) * scale, exact in fp32. */
 void dequantize_linear(const struct quantized_linear *linear, float *out /* [out_features, in_features] */);
 
-/* Puts a stored block's weights into an image whose linear weights are F32. `where` starts messages.
- * Errors: ERROR_INPUT for a layer that is missing or of another shape than the model's. */
+/* Puts a stored block's linear layers, and the tensors that a transformation changed, into an image in which all of these are F32. `where`
+ * starts messages. Errors: ERROR_INPUT for a layer that is missing, for what the model has not or has in another shape, for NaN. */
 int dequantize_block(const struct block_record *record, const struct model *model, void *image, const char *where, struct error *error);
 
 #endif

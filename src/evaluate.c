@@ -28,9 +28,11 @@ struct evaluation {
 
   /* every rank */
   struct model model; /* with the types that the stream carries */
+  struct activation_quantizer activations;
   struct kernels *k;
   int count;    /* this rank's windows */
   data *x;      /* [count, T, hidden] */
+  data *last;   /* [count, T, embedding] what the head reads; x itself where that is as wide */
   int32_t *ids; /* [count, T] host */
   struct block block;
   struct stream *stream;
@@ -38,7 +40,7 @@ struct evaluation {
 
   /* head */
   int64_t piece;                /* vocabulary entries an item */
-  data *weight, *logits;        /* [piece, hidden], [T, piece] */
+  data *weight, *logits;        /* [piece, embedding] or what stands before the head, [T, piece] */
   int32_t *target;              /* [count, T] device */
   struct cross_entropy entropy; /* [count * T] */
 };
@@ -63,6 +65,7 @@ static int choose_windows(struct evaluation *e, struct error *error) {
 static int open_files(struct evaluation *e, struct error *error) {
   const struct evaluate_options *options = e->options;
   if (checkpoint_open(options->model, &e->model, &e->checkpoint, error)) return error->code;
+  if (model_check_seqlen(&e->model, options->seqlen, options->model, error)) return error->code;
   if (tokens_open(options->tokens, &e->tokens, error) || choose_windows(e, error)) return error->code;
   if (!options->quantized) return 0;
   if (store_open(options->quantized, &e->store, error)) return error->code;
@@ -72,12 +75,52 @@ static int open_files(struct evaluation *e, struct error *error) {
   for (int i = 0; i < e->model.blocks; i++)
     if (!store_has_block(e->store, i))
       return error_set(error, ERROR_INPUT, "%s: block %d is not there; its calibration did not end", options->quantized, i);
-  for (int i = 0; i < LINEARS; i++) e->model.tensor[e->model.linear[i].weight].dtype = DTYPE_F32;
+  for (int i = 0; i < e->model.tensors; i++) e->model.tensor[i].dtype = DTYPE_F32;
   model_layout(&e->model);
   return 0;
 }
 
-/* ---- the stream's items: blocks, the final norm, pieces of the head ---- */
+/* Activations as the recipe of the store says, unless flags say otherwise. */
+static int choose_activations(struct evaluation *e, struct error *error) {
+  const struct evaluate_options *options = e->options;
+  struct recipe recipe;
+  recipe_init(&recipe);
+  if (e->store && recipe_from_json(&recipe, store_info(e->store)->recipe, options->quantized, error)) return error->code;
+  e->activations = recipe.activations;
+  if (options->abits) e->activations.abits = options->abits;
+  if (options->kv_bits) e->activations.kv_bits = options->kv_bits;
+  e->activations.kv_bits = recipe_kv_bits(&e->activations);
+  return 0;
+}
+
+static bool quantizes_activations(const struct evaluation *e) {
+  return e->activations.abits < 16 || e->activations.kv_bits < 16;
+}
+
+/* ---- the stream's items: blocks, what stands between them and the head, pieces of the head ---- */
+
+/* The item between, all floats: the final norm's weight and bias and the projection, of what the model has. */
+struct tail {
+  int64_t norm, bias, projection, count; /* where each begins; ABSENT; of all */
+};
+
+static struct tail tail_of(const struct model *model) {
+  struct tail tail = {ABSENT, ABSENT, ABSENT, 0};
+  int64_t H = model->hidden, E = model->embedding;
+  if (model->final_norm) {
+    tail.norm = 0;
+    tail.count = H;
+  }
+  if (model->final_norm && model->layer_norm) {
+    tail.bias = tail.count;
+    tail.count += H;
+  }
+  if (E != H) {
+    tail.projection = tail.count;
+    tail.count += E * H;
+  }
+  return tail;
+}
 
 static int64_t piece_rows(const struct evaluation *e, int item) {
   int64_t first = (item - e->model.blocks - 1) * e->piece, left = e->model.vocabulary - first;
@@ -87,28 +130,35 @@ static int64_t piece_rows(const struct evaluation *e, int item) {
 static size_t item_bytes(const void *context, int item) {
   const struct evaluation *e = context;
   if (item < e->model.blocks) return e->model.image_bytes;
-  int64_t rows = item == e->model.blocks ? 1 : piece_rows(e, item);
-  return (size_t)(rows * e->model.hidden) * sizeof(float);
+  int64_t count = item == e->model.blocks ? tail_of(&e->model).count : piece_rows(e, item) * e->model.embedding;
+  return (size_t)count * sizeof(float);
 }
 
 static int read_quantized(struct evaluation *e, int item, void *image, struct error *error) {
   struct block_record record = {0};
-  for (int i = 0; i < e->model.tensors && !error->code; i++) {
-    bool stored = false;
-    for (int role = 0; role < LINEARS; role++) stored = stored || e->model.linear[role].weight == i;
-    if (!stored) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
-  }
+  bool stored[MODEL_MAX_TENSORS] = {false};
+  for (int i = 0; i < e->model.linears; i++)
+    if (e->model.linear[i].quantized) stored[e->model.linear[i].weight] = true;
+  for (int i = 0; i < e->model.tensors && !error->code; i++)
+    if (!stored[i]) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
   if (!error->code && !store_read_block(e->store, item, &record, error))
     dequantize_block(&record, &e->model, image, e->options->quantized, error);
   block_record_free(&record);
   return error->code;
 }
 
+static int read_tail(const struct evaluation *e, float *out, struct error *error) {
+  struct tail tail = tail_of(&e->model);
+  if (tail.norm != ABSENT && checkpoint_read_final_norm(e->checkpoint, out + tail.norm, error)) return error->code;
+  if (tail.bias != ABSENT && checkpoint_read_final_norm_bias(e->checkpoint, out + tail.bias, error)) return error->code;
+  return tail.projection != ABSENT ? checkpoint_read_project_out(e->checkpoint, out + tail.projection, error) : 0;
+}
+
 static int read_item(void *context, int item, void *buffer, struct error *error) {
   struct evaluation *e = context;
   if (item < e->model.blocks && e->store) return read_quantized(e, item, buffer, error);
   if (item < e->model.blocks) return checkpoint_read_block(e->checkpoint, &e->model, item, buffer, error);
-  if (item == e->model.blocks) return checkpoint_read_final_norm(e->checkpoint, buffer, error);
+  if (item == e->model.blocks) return read_tail(e, buffer, error);
   return checkpoint_read_head(e->checkpoint, (item - e->model.blocks - 1) * e->piece, piece_rows(e, item), buffer, error);
 }
 
@@ -127,11 +177,13 @@ static void *device_memory(struct evaluation *e, size_t bytes, struct error *err
 }
 
 static int open_work(struct evaluation *e, struct error *error) {
-  int64_t T = e->options->seqlen, H = e->model.hidden, budget = 8 << 20; /* elements of a piece of the head, and of its logits */
+  int64_t T = e->options->seqlen, H = e->model.hidden, E = e->model.embedding, before = tail_of(&e->model).count;
+  int64_t budget = 8 << 20; /* elements of a piece of the head, and of its logits */
+  struct block_use use = {.tokens = e->options->seqlen, .quantized_inputs = quantizes_activations(e)};
   e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
   if (!e->k) return error->code;
   for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
-  e->piece = budget / (H > T ? H : T);
+  e->piece = budget / (E > T ? E : T);
   if (e->piece > e->model.vocabulary) e->piece = e->model.vocabulary;
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
@@ -140,13 +192,15 @@ static int open_work(struct evaluation *e, struct error *error) {
   e->ids = calloc(tokens + 1, sizeof *e->ids);
   if (!e->ids) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
   e->x = device_memory(e, tokens * (size_t)H * e->k->element_bytes, error);
-  e->weight = device_memory(e, (size_t)(e->piece * H) * e->k->element_bytes, error);
+  e->last = E == H ? e->x : device_memory(e, tokens * (size_t)E * e->k->element_bytes, error);
+  e->weight = device_memory(e, (size_t)(e->piece * E > before ? e->piece * E : before) * e->k->element_bytes, error);
   e->logits = device_memory(e, (size_t)(e->piece * T) * e->k->element_bytes, error);
   e->target = device_memory(e, tokens * sizeof *e->target, error);
   e->entropy.maximum = device_memory(e, tokens * sizeof(float), error);
   e->entropy.sum = device_memory(e, tokens * sizeof(float), error);
   e->entropy.target = device_memory(e, tokens * sizeof(float), error);
-  if (error->code || block_init(&e->block, &e->model, e->k, e->options->seqlen, false, false, error)) return error->code;
+  if (error->code || block_init(&e->block, &e->model, e->k, &use, error)) return error->code;
+  e->block.quantizer = e->activations;
   return stream_open(e->world, &source, &e->stream, error);
 }
 
@@ -158,7 +212,8 @@ static void evaluation_free(struct evaluation *e) {
   free(e->start);
   free(e->ids);
   if (!e->k) return;
-  void *const device[] = {e->x, e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
+  if (e->last == e->x) e->last = NULL;
+  void *const device[] = {e->x, e->last, e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
   for (size_t i = 0; i < sizeof device / sizeof *device; i++) e->k->release(e->k, device[i]);
   block_free(&e->block);
   e->k->close(e->k);
@@ -170,30 +225,45 @@ static data *window(const struct evaluation *e, int i) {
   return data_at(e->k, e->x, (int64_t)i * e->options->seqlen * e->model.hidden);
 }
 
+/* The hidden states of a window as the head reads them. */
+static data *last_states(const struct evaluation *e, int i) {
+  return data_at(e->k, e->last, (int64_t)i * e->options->seqlen * e->model.embedding);
+}
+
 static int next_item(struct evaluation *e, const void **bytes, struct error *error) {
   stream_next(e->stream, bytes, error);
   return world_agree(e->world, error);
 }
 
 static int pass_block(struct evaluation *e, struct error *error) {
+  enum block_weights which = quantizes_activations(e) ? BLOCK_QUANTIZED : BLOCK_FULL; /* the weights are the same */
   const void *image;
   if (next_item(e, &image, error)) return error->code;
   block_load(&e->block, image);
   stream_release(e->stream);
   for (int i = 0; i < e->count; i++) {
-    block_forward(&e->block, BLOCK_FULL, window(e, i), window(e, i));
+    block_forward(&e->block, which, window(e, i), window(e, i));
     stream_poll(e->stream);
   }
   return 0;
 }
 
-static int pass_final_norm(struct evaluation *e, struct error *error) {
-  const void *norm;
-  int64_t H = e->model.hidden;
-  if (next_item(e, &norm, error)) return error->code;
-  e->k->load(e->k, e->weight, norm, DTYPE_F32, H);
+/* The final norm and the projection, of what the model has. */
+static int pass_tail(struct evaluation *e, struct error *error) {
+  const void *floats;
+  struct tail tail = tail_of(&e->model);
+  struct kernels *k = e->k;
+  int64_t T = e->options->seqlen, H = e->model.hidden, E = e->model.embedding;
+  if (next_item(e, &floats, error)) return error->code;
+  k->load(k, e->weight, floats, DTYPE_F32, tail.count);
   stream_release(e->stream);
-  e->k->rmsnorm_forward(e->k, e->x, e->x, e->weight, (int64_t)e->count * e->options->seqlen, H, e->model.norm_eps);
+  struct norm_shape shape = {T, H, e->model.norm_eps, e->model.layer_norm};
+  const data *bias = tail.bias != ABSENT ? data_at(k, e->weight, tail.bias) : NULL;
+  for (int i = 0; i < e->count; i++) {
+    if (tail.norm != ABSENT) k->norm_forward(k, window(e, i), window(e, i), data_at(k, e->weight, tail.norm), bias, &shape);
+    if (tail.projection != ABSENT)
+      k->linear_forward(k, last_states(e, i), window(e, i), data_at(k, e->weight, tail.projection), NULL, T, H, E, false);
+  }
   return 0;
 }
 
@@ -211,13 +281,13 @@ static int start_entropy(struct evaluation *e, struct error *error) {
 
 static int pass_head_piece(struct evaluation *e, int64_t first, int64_t rows, struct error *error) {
   const void *weight;
-  int64_t T = e->options->seqlen, H = e->model.hidden;
+  int64_t T = e->options->seqlen, E = e->model.embedding;
   if (next_item(e, &weight, error)) return error->code;
-  e->k->load(e->k, e->weight, weight, DTYPE_F32, rows * H);
+  e->k->load(e->k, e->weight, weight, DTYPE_F32, rows * E);
   stream_release(e->stream);
   for (int i = 0; i < e->count; i++) {
     struct cross_entropy state = {e->entropy.maximum + i * T, e->entropy.sum + i * T, e->entropy.target + i * T};
-    e->k->linear_forward(e->k, e->logits, window(e, i), e->weight, NULL, T, H, rows, false);
+    e->k->linear_forward(e->k, e->logits, last_states(e, i), e->weight, NULL, T, E, rows, false);
     e->k->cross_entropy_piece(e->k, &state, e->logits, e->target + i * T, T, first, rows);
     stream_poll(e->stream);
   }
@@ -242,17 +312,28 @@ static int sum_entropy(struct evaluation *e, struct error *error) {
   return e->k->synchronize(e->k, error);
 }
 
+/* ", A6", ", A8 KV4" or nothing. */
+static void activations_text(const struct evaluation *e, char text[32]) {
+  int abits = e->activations.abits, kv_bits = e->activations.kv_bits;
+  *text = 0;
+  if (quantizes_activations(e) && abits == kv_bits) snprintf(text, 32, ", A%d", abits);
+  if (abits != kv_bits) snprintf(text, 32, ", A%d KV%d", abits, kv_bits);
+}
+
 static void print_result(const struct evaluation *e, double perplexity, double seconds, double memory) {
   const struct evaluate_options *options = e->options;
   const char *quantized = options->quantized ? options->quantized : "full precision";
+  char activations[32];
+  activations_text(e, activations);
   if (!options->json) {
-    printf("perplexity %.4f  (%s, %d windows of %d tokens, %.1f s, peak memory %.0f MiB a rank)\n", perplexity, quantized, e->windows,
-           options->seqlen, seconds, memory);
+    printf("perplexity %.4f  (%s%s, %d windows of %d tokens, %.1f s, peak memory %.0f MiB a rank)\n", perplexity, quantized, activations,
+           e->windows, options->seqlen, seconds, memory);
     return;
   }
-  json_t *object = json_pack("{s:f, s:s, s:s?, s:i, s:i, s:I, s:i, s:f, s:f}", "perplexity", perplexity, "model", options->model,
-                             "quantized", options->quantized, "windows", e->windows, "seqlen", options->seqlen, "offset",
-                             (json_int_t)options->offset, "ranks", e->world->size, "seconds", seconds, "peak_rss_mib", memory);
+  json_t *object = json_pack("{s:f, s:s, s:s?, s:i, s:i, s:i, s:i, s:I, s:i, s:f, s:f}", "perplexity", perplexity, "model", options->model,
+                             "quantized", options->quantized, "abits", e->activations.abits, "kv_bits", e->activations.kv_bits, "windows",
+                             e->windows, "seqlen", options->seqlen, "offset", (json_int_t)options->offset, "ranks", e->world->size,
+                             "seconds", seconds, "peak_rss_mib", memory);
   if (object) json_dumpf(object, stdout, JSON_INDENT(2));
   printf("\n");
   json_decref(object);
@@ -260,9 +341,10 @@ static void print_result(const struct evaluation *e, double perplexity, double s
 
 static int evaluate_all(struct evaluation *e, struct error *error) {
   double begin = now();
-  if (e->world->rank == 0) open_files(e, error);
+  if (e->world->rank == 0 && !open_files(e, error)) choose_activations(e, error);
   if (world_agree(e->world, error)) return error->code;
   world_broadcast(e->world, &e->model, sizeof e->model);
+  world_broadcast(e->world, &e->activations, sizeof e->activations);
   world_broadcast(e->world, &e->windows, sizeof e->windows);
   open_work(e, error);
   if (world_agree(e->world, error)) return error->code;
@@ -273,7 +355,7 @@ static int evaluate_all(struct evaluation *e, struct error *error) {
   stream_start(e->stream);
   for (int i = 0; i < e->model.blocks; i++)
     if (pass_block(e, error)) return error->code;
-  if (pass_final_norm(e, error)) return error->code;
+  if (pass_tail(e, error)) return error->code;
   for (int64_t first = 0; first < e->model.vocabulary; first += e->piece) {
     int64_t left = e->model.vocabulary - first;
     if (pass_head_piece(e, first, left < e->piece ? left : e->piece, error)) return error->code;

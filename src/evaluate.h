@@ -1,4 +1,4 @@
-/* evaluate.h: perplexity of a model, full precision or from a store (method.md section 4). */
+/* evaluate.h: perplexity of a model, full precision or from a store (method.md section 5). */
 #ifndef OMNIQUANT_EVALUATE_H
 #define OMNIQUANT_EVALUATE_H
 
@@ -16,6 +16,7 @@ struct evaluate_options {
   int seqlen;            /* tokens a window */
   int64_t offset;        /* first token of the first window */
   int windows;           /* consecutive windows; 0: as many as the file holds */
+  int abits, kv_bits;    /* of activations; 0: as the store's recipe says, 16 without a store */
   bool json;             /* one JSON object on stdout instead of a line */
   const char *backend;   /* "cpu" */
   int threads;           /* threads a rank; 0: cores of the node over its ranks */

@@ -28,8 +28,8 @@ int feed_embed(const struct feed *feed, data *x, int32_t *ids, struct error *err
     }
     if (world->rank != owner) continue;
     if (owner != 0) {
-      world_receive(world, hidden, elements * sizeof *hidden);
-      world_receive(world, sample_ids, (size_t)feed->seqlen * sizeof *sample_ids);
+      world_receive(world, hidden, elements * sizeof *hidden, 0);
+      world_receive(world, sample_ids, (size_t)feed->seqlen * sizeof *sample_ids, 0);
     }
     feed->k->load(feed->k, data_at(feed->k, x, own * (int64_t)elements), hidden, DTYPE_F32, (int64_t)elements);
     /* NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): world_agree has seen that the memory is there */

@@ -12,7 +12,7 @@
 
 /* What is shown of one block. */
 struct block_summary {
-  int index, linears, world_size;
+  int index, linears, world_size, untrained_experts;
   double loss_rtn, loss_start, loss_end, seconds;
   char kept[8];
   int64_t skipped_steps;
@@ -25,6 +25,7 @@ struct summary {
   json_t *recipe; /* owned */
   int present;
   struct block_summary *block; /* [present], owned */
+  bool untrained_experts;      /* in any of them */
   double seconds;              /* of all blocks present */
   int64_t weights, stored_bits;
 };
@@ -41,7 +42,8 @@ static struct block_summary summarize_block(const struct block_record *record) {
                                 .loss_start = record->loss_start,
                                 .loss_end = record->loss_end,
                                 .seconds = record->seconds,
-                                .skipped_steps = record->skipped_steps};
+                                .skipped_steps = record->skipped_steps,
+                                .untrained_experts = record->untrained_experts};
   memcpy(block.kept, record->kept, sizeof block.kept);
   for (int i = 0; i < record->linears; i++) {
     const struct quantized_linear *linear = &record->linear[i];
@@ -66,6 +68,7 @@ static int summarize(struct store *store, const char *folder, struct summary *su
     struct block_summary block = summarize_block(&record);
     block_record_free(&record);
     summary->block[summary->present++] = block;
+    summary->untrained_experts = summary->untrained_experts || block.untrained_experts > 0;
     summary->seconds += block.seconds;
     summary->weights += block.weights;
     summary->stored_bits += block.stored_bits;
@@ -79,11 +82,11 @@ static json_t *real_or_null(double value) {
 }
 
 static json_t *block_json(const struct block_summary *block) {
-  return json_pack("{s:i, s:o, s:o, s:o, s:s, s:I, s:o, s:o, s:i, s:i}", "index", block->index, "loss_rtn", real_or_null(block->loss_rtn),
-                   "loss_start", real_or_null(block->loss_start), "loss_end", real_or_null(block->loss_end), "kept", block->kept,
-                   "skipped_steps", (json_int_t)block->skipped_steps, "bits_a_weight",
-                   real_or_null(bits_a_weight(block->stored_bits, block->weights)), "seconds", real_or_null(block->seconds), "linears",
-                   block->linears, "world_size", block->world_size);
+  return json_pack("{s:i, s:o, s:o, s:o, s:s, s:I, s:i, s:o, s:o, s:i, s:i}", "index", block->index, "loss_rtn",
+                   real_or_null(block->loss_rtn), "loss_start", real_or_null(block->loss_start), "loss_end", real_or_null(block->loss_end),
+                   "kept", block->kept, "skipped_steps", (json_int_t)block->skipped_steps, "untrained_experts", block->untrained_experts,
+                   "bits_a_weight", real_or_null(bits_a_weight(block->stored_bits, block->weights)), "seconds",
+                   real_or_null(block->seconds), "linears", block->linears, "world_size", block->world_size);
 }
 
 static int print_json(const struct summary *summary, struct error *error) {
@@ -135,7 +138,8 @@ static void print_table(const struct summary *summary) {
   printf("model   %s, %d blocks\n", printable(summary->info->model_type).text, summary->info->blocks);
   print_recipe(summary->recipe);
   printf("tokens  %s%s\n\n", *summary->info->tokens_sha256 ? "SHA-256 " : "none", summary->info->tokens_sha256);
-  printf("block   loss rtn loss start   loss end  kept  skipped  bits a weight  seconds\n");
+  printf("block   loss rtn loss start   loss end  kept  skipped  %sbits a weight  seconds\n",
+         summary->untrained_experts ? "untrained experts  " : "");
   for (int i = 0; i < summary->present; i++) {
     const struct block_summary *block = &summary->block[i];
     printf("%5d", block->index);
@@ -143,6 +147,7 @@ static void print_table(const struct summary *summary) {
     print_number(11, "%.5g", block->loss_start);
     print_number(11, "%.5g", block->loss_end);
     printf("  %-5s %7lld", block->kept, (long long)block->skipped_steps);
+    if (summary->untrained_experts) printf("%19d", block->untrained_experts);
     print_number(15, "%.4f", bits_a_weight(block->stored_bits, block->weights));
     print_number(9, "%.1f", block->seconds);
     putchar('\n');

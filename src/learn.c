@@ -1,13 +1,9 @@
-/* learn.c: target, start, steps, and the choice of the best. */
+/* learn.c: start, steps, and the choice of the best. */
 #include "learn.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* The activations that linear layers read, by one of the layers that reads each. */
-static const enum linear_role activation_reader[] = {LINEAR_Q, LINEAR_O, LINEAR_GATE, LINEAR_DOWN};
-enum { ACTIVATIONS = sizeof activation_reader / sizeof *activation_reader };
 
 /* ---- memory ---- */
 
@@ -15,55 +11,87 @@ static int64_t sample_elements(const struct learner *l) {
   return (int64_t)l->block->tokens * l->block->model->hidden;
 }
 
-static data *sample_at(const struct learner *l, data *samples, int local) {
+static data *sample_at(const struct learner *l, const data *samples, int local) {
   return data_at(l->k, samples, local * sample_elements(l));
 }
 
-static int64_t importance_columns(const struct learner *l) {
-  int64_t columns = 0;
-  for (int i = 0; i < ACTIVATIONS; i++) columns += l->block->model->linear[activation_reader[i]].columns;
-  return columns;
+static bool searches(const struct learner *l) {
+  return l->recipe->lwc && l->recipe->lwc_init == LWC_INIT_SEARCH;
+}
+
+static bool learns(const struct learner *l) {
+  return (l->recipe->lwc || l->recipe->let) && l->recipe->epochs > 0;
+}
+
+/* A layer that reads the same as this one and comes first: importance is taken for it alone. */
+static int first_reader(const struct model *model, int linear) {
+  int role = linear < ROLES ? linear : LINEAR_GATE + (linear - ROLES) % ROLES_OF_EXPERT;
+  if (role <= LINEAR_V) return LINEAR_Q;
+  return role == LINEAR_UP && model->linear[linear - 1].quantized ? linear - 1 : linear;
+}
+
+static void place_importances(struct learner *l) {
+  const struct model *model = l->block->model;
+  for (int i = 0; i < model->linears; i++) {
+    int first = first_reader(model, i);
+    l->importance_at[i] = first == i ? l->importances : l->importance_at[first];
+    if (first == i && model->linear[i].quantized) l->importances += model->linear[i].columns;
+  }
 }
 
 int learner_init(struct learner *l, struct error *error) {
   struct kernels *k = l->k;
-  size_t factors = 2 * (size_t)l->lwc->groups, depth = (size_t)shard_sum_depth(l->shard), columns = (size_t)importance_columns(l);
-  size_t summed = factors + 1 > columns ? factors + 1 : columns, steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
+  if (lwc_init(&l->lwc, l->block->model, k, l->recipe, error)) return error->code;
+  if (let_init(&l->let, l->block->model, k, l->recipe, error)) return error->code;
+  l->count = 2 * l->lwc.groups + l->let.count;
+  if (searches(l)) place_importances(l);
+  size_t count = (size_t)l->count, depth = (size_t)shard_sum_depth(l->shard), columns = (size_t)l->importances;
+  size_t summed = count + 1 > columns ? count + 1 : columns, steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
+  size_t sample_bytes = (size_t)sample_elements(l) * k->element_bytes, shard_bytes = (size_t)l->shard->count * sample_bytes;
   struct {
     void *field;
     size_t bytes;
   } device[] = {
-      {&l->y, (size_t)sample_elements(l) * k->element_bytes},
-      {&l->dy, (size_t)sample_elements(l) * k->element_bytes},
-      {&l->gradient, (factors + 1) * sizeof(float)},
+      {&l->x_q, shard_bytes},
+      {&l->next, shard_bytes},
+      {&l->augmented, shard_bytes},
+      {&l->y, sample_bytes},
+      {&l->dy, sample_bytes},
+      {&l->gradient, (count + 1) * sizeof(float)},
       {&l->scratch, depth * summed * sizeof(float)},
-      {&l->m, factors * sizeof(float)},
-      {&l->v, factors * sizeof(float)},
-      {&l->start, factors * sizeof(float)},
+      {&l->m, count * sizeof(float)},
+      {&l->v, count * sizeof(float)},
+      {&l->start, count * sizeof(float)},
       {&l->importance, 2 * columns * sizeof(float)},
       {&l->step_loss, steps * sizeof(float)},
       {&l->sample_loss, (size_t)l->shard->count * sizeof(float)},
       {&l->state, sizeof *l->state},
   };
-  bool whole = true;
   for (size_t i = 0; i < sizeof device / sizeof *device; i++) {
+    if (device[i].field == &l->augmented && !l->recipe->aug_loss) continue;
     void *memory = k->allocate(k, device[i].bytes);
+    if (!memory)
+      return error_set(error, ERROR_WORK,
+                       "rank %d: out of memory on %s for learning from %d samples (%zu bytes); lower --samples or use more ranks",
+                       l->world->rank, k->name, l->shard->count, device[i].bytes);
     memcpy(device[i].field, &memory, sizeof memory);
-    whole = whole && memory;
   }
   l->losses = calloc(2 * (size_t)l->shard->samples + steps, sizeof(float));
   l->epoch_loss = calloc((size_t)l->recipe->epochs + 1, sizeof(float));
-  if (!whole || !l->losses || !l->epoch_loss) return error_set(error, ERROR_WORK, "out of memory on %s for learning", k->name);
+  if (!l->losses || !l->epoch_loss) return error_set(error, ERROR_WORK, "out of memory for losses");
   return 0;
 }
 
 void learner_free(struct learner *l) {
-  void *const device[] = {l->y,     l->dy,         l->gradient,  l->scratch,     l->m,    l->v,
-                          l->start, l->importance, l->step_loss, l->sample_loss, l->state};
+  void *const device[] = {l->x_q, l->next, l->augmented, l->y,          l->dy,        l->gradient,    l->scratch,
+                          l->m,   l->v,    l->start,     l->importance, l->step_loss, l->sample_loss, l->state};
+  if (!l->k) return;
   for (size_t i = 0; i < sizeof device / sizeof *device; i++)
     if (device[i]) l->k->release(l->k, device[i]);
   free(l->losses);
   free(l->epoch_loss);
+  lwc_free(&l->lwc);
+  let_free(&l->let);
 }
 
 static void poll(struct learner *l) {
@@ -72,35 +100,30 @@ static void poll(struct learner *l) {
 
 /* ---- forward passes over all samples ---- */
 
-static void target_pass(struct learner *l) {
-  for (int i = 0; i < l->shard->count; i++) {
-    data *x = sample_at(l, l->samples->x_fp, i);
-    block_forward(l->block, BLOCK_FULL, x, x);
-    poll(l);
-  }
+void learner_quantize(struct learner *l, struct learned with, bool at_rest) {
+  let_fold(&l->let, l->block, with.let);
+  lwc_quantize(&l->lwc, l->block, &l->let, with.factor, at_rest);
 }
 
-/* Loss of a sample's output y: method.md section 2, step 2. */
-static void sample_loss(struct learner *l, float *loss, data *dy, int local, float weight) {
-  l->k->mse(l->k, loss, dy, l->y, sample_at(l, l->samples->x_fp, local), sample_elements(l), weight, false);
-  if (l->recipe->aug_loss) l->k->mse(l->k, loss, dy, l->y, sample_at(l, l->samples->target, local), sample_elements(l), weight, true);
+/* Loss of a sample's output y: method.md section 4, step 2. */
+static void sample_loss(struct learner *l, float *loss, data *dy, const data *y, int local, float weight) {
+  l->k->mse(l->k, loss, dy, y, sample_at(l, l->target->x, local), sample_elements(l), weight, false);
+  if (l->recipe->aug_loss) l->k->mse(l->k, loss, dy, y, sample_at(l, l->augmented, local), sample_elements(l), weight, true);
 }
 
-/* Mean loss over all samples with the weights at rest; `propagate`: x_q becomes the block's output. Collective. */
-static double measure(struct learner *l, const float *factor, bool propagate) {
-  struct kernels *k = l->k;
+/* Mean loss over all samples with the weights at rest, and the block's outputs in `next`. Collective. */
+static double measure(struct learner *l, struct learned with) {
   int samples = l->shard->samples, count = l->shard->count;
-  lwc_quantize(l->lwc, l->block, factor, true);
+  learner_quantize(l, with, true);
   for (int i = 0; i < count; i++) {
-    data *x = sample_at(l, l->samples->x_q, i);
-    block_forward(l->block, BLOCK_QUANTIZED, l->y, x);
-    sample_loss(l, l->sample_loss + i, NULL, i, 1);
-    if (propagate) k->copy(k, x, l->y, (size_t)sample_elements(l) * k->element_bytes);
+    data *y = sample_at(l, l->next, i);
+    block_forward(l->block, BLOCK_QUANTIZED, y, sample_at(l, l->x_q, i));
+    sample_loss(l, l->sample_loss + i, NULL, y, i, 1);
     poll(l);
   }
   float *mine = l->losses + samples; /* gathered by a sum in which every sample has one rank's value */
   memset(l->losses, 0, (size_t)samples * sizeof(float));
-  k->download(k, mine, l->sample_loss, (size_t)count * sizeof(float));
+  l->k->download(l->k, mine, l->sample_loss, (size_t)count * sizeof(float));
   for (int i = 0; i < count; i++) l->losses[shard_sample(l->shard, i)] = mine[i];
   world_allreduce(l->world, l->losses, (size_t)samples, mine);
   double total = 0;
@@ -111,19 +134,20 @@ static double measure(struct learner *l, const float *factor, bool propagate) {
 /* One sample through the full-precision block on the quantized stream: the second target, and the columns' sums of squares. */
 static void observe_sample(void *context, int local, float *out) {
   struct learner *l = context;
-  data *y = l->samples->target ? sample_at(l, l->samples->target, local) : l->y;
-  block_forward(l->block, BLOCK_FULL, y, sample_at(l, l->samples->x_q, local));
-  l->k->clear(l->k, out, (size_t)importance_columns(l) * sizeof(float));
-  for (int i = 0; i < ACTIVATIONS; i++) {
-    int64_t columns = l->block->model->linear[activation_reader[i]].columns;
-    l->k->column_squares(l->k, out, block_input_of(l->block, activation_reader[i]), l->block->tokens, columns);
-    out += columns;
+  const struct model *model = l->block->model;
+  block_forward(l->block, BLOCK_FULL, l->recipe->aug_loss ? sample_at(l, l->augmented, local) : l->y, sample_at(l, l->x_q, local));
+  l->k->clear(l->k, out, (size_t)l->importances * sizeof(float));
+  for (int i = 0; i < model->linears && l->importances; i++) {
+    int64_t rows;
+    if (!model->linear[i].quantized || first_reader(model, i) != i) continue;
+    const data *x = block_input(l->block, i, &rows);
+    l->k->column_squares(l->k, out + l->importance_at[i], x, rows, model->linear[i].columns);
   }
   poll(l);
 }
 
 static void observe_pass(struct learner *l) {
-  int64_t columns = importance_columns(l);
+  int64_t columns = l->importances;
   float *step = l->importance + columns;
   l->k->clear(l->k, l->importance, (size_t)columns * sizeof(float));
   for (int i = 0; i < l->shard->steps; i++) {
@@ -133,57 +157,90 @@ static void observe_pass(struct learner *l) {
 }
 
 static void search(struct learner *l) {
-  const float *importance[LINEARS], *columns = l->importance;
-  const float *of_activation[ACTIVATIONS];
-  for (int i = 0; i < ACTIVATIONS; i++) {
-    of_activation[i] = columns;
-    columns += l->block->model->linear[activation_reader[i]].columns;
-  }
-  for (int role = 0; role < LINEARS; role++)
-    for (int i = 0; i < ACTIVATIONS; i++)
-      if (block_input_of(l->block, (enum linear_role)role) == block_input_of(l->block, activation_reader[i]))
-        importance[role] = of_activation[i];
-  lwc_search(l->lwc, l->block, importance, l->world);
+  const float *importance[MODEL_MAX_LINEARS];
+  for (int i = 0; i < l->block->model->linears; i++) importance[i] = l->importance + l->importance_at[i];
+  lwc_search(&l->lwc, l->block, &l->let, importance, l->world);
 }
 
 /* ---- training ---- */
 
-struct step_context {
+static struct learned in_training(const struct learner *l) {
+  return (struct learned){l->recipe->lwc ? l->lwc.factor : NULL, l->recipe->let ? l->let.parameter : NULL};
+}
+
+static struct learned at_start(const struct learner *l) {
+  return (struct learned){l->recipe->lwc ? l->start : NULL, l->recipe->let ? l->start + 2 * l->lwc.groups : NULL};
+}
+
+struct sink_context {
   struct learner *learner;
-  float weight;    /* 1 / samples of the step */
-  float *gradient; /* of the sample in work */
+  float *gradient; /* [count] */
 };
 
-static void take_weight_gradient(void *context, enum linear_role role, const data *dw) {
-  struct step_context *step = context;
-  lwc_backward(step->learner->lwc, step->learner->block, role, dw, step->gradient);
+static void take_weight_gradient(void *context, int linear, const data *dw) {
+  const struct sink_context *sink = context;
+  struct learner *l = sink->learner;
+  const struct linear *layer = &l->block->model->linear[linear];
+  struct weight_scales scales = let_scales(&l->let, linear);
+  if (layer->quantized)
+    lwc_backward(&l->lwc, l->block, &l->let, linear, dw, in_training(l).factor, l->recipe->lwc ? sink->gradient : NULL, l->let.drow,
+                 l->let.dcolumn);
+  else
+    l->k->scale_weight_backward(l->k, scales.row ? l->let.drow : NULL, scales.column ? l->let.dcolumn : NULL, dw,
+                                block_tensor(l->block, BLOCK_FULL, layer->weight), &scales, layer->rows, layer->columns);
+  let_backward_scales(&l->let, linear, l->let.drow, l->let.dcolumn, l->let.parameter, sink->gradient + 2 * l->lwc.groups);
 }
+
+static void take_vector_gradient(void *context, int tensor, const float *d) {
+  const struct sink_context *sink = context;
+  struct learner *l = sink->learner;
+  let_backward_vector(&l->let, l->block, tensor, d, l->let.parameter, sink->gradient + 2 * l->lwc.groups);
+}
+
+void learner_backward(struct learner *l, float *gradient, const data *dy, const data *x) {
+  struct sink_context context = {l, gradient};
+  struct gradient_sink sink = {take_weight_gradient, l->recipe->let ? take_vector_gradient : NULL, &context};
+  l->k->clear(l->k, gradient, (size_t)l->count * sizeof *gradient); /* experts without tokens give none, and LET's are added up */
+  block_backward(l->block, BLOCK_QUANTIZED, NULL, dy, x, &sink);
+}
+
+struct step_context {
+  struct learner *learner;
+  float weight; /* 1 / samples of the step */
+};
 
 /* A sample's gradient and loss. */
 static void sample_gradient(void *context, int local, float *out) {
-  struct step_context *step = context;
+  const struct step_context *step = context;
   struct learner *l = step->learner;
-  const data *x = sample_at(l, l->samples->x_q, local);
-  struct gradient_sink sink = {take_weight_gradient, step};
-  step->gradient = out;
+  const data *x = sample_at(l, l->x_q, local);
   block_forward(l->block, BLOCK_QUANTIZED, l->y, x);
-  sample_loss(l, out + 2 * l->lwc->groups, l->dy, local, step->weight);
-  block_backward(l->block, BLOCK_QUANTIZED, NULL, l->dy, x, &sink);
+  sample_loss(l, out + l->count, l->dy, l->y, local, step->weight);
+  learner_backward(l, out, l->dy, x);
   poll(l);
 }
 
-static void update(struct learner *l, int step, int steps) {
-  int64_t count = 2 * l->lwc->groups;
-  l->k->step_begin(l->k, l->state, l->gradient, count + 1);
+static void update_clipping(struct learner *l, int step, int steps, float batch) {
+  int64_t count = 2 * l->lwc.groups;
   if (l->recipe->optimizer == OPTIMIZER_SIGN) {
     float lr = (float)(l->recipe->sign_span * (1 - (double)step / steps) / steps);
-    l->k->sign_step(l->k, l->lwc->parameter, l->gradient, count, lr, l->state);
+    l->k->sign_step(l->k, l->lwc.parameter, l->gradient, count, lr, l->state);
   } else {
-    double lr = l->recipe->lwc_lr * (l->recipe->scale_lr ? l->recipe->batch : 1);
-    l->k->sigmoid_backward(l->k, l->gradient, l->gradient, l->lwc->parameter, count);
-    l->k->adamw(l->k, l->lwc->parameter, l->m, l->v, l->gradient, count, (float)lr, l->state);
+    l->k->sigmoid_backward(l->k, l->gradient, l->gradient, l->lwc.parameter, count);
+    l->k->adamw(l->k, l->lwc.parameter, l->m, l->v, l->gradient, count, (float)l->recipe->lwc_lr * batch, l->state);
   }
-  lwc_update_factors(l->lwc);
+  lwc_update_factors(&l->lwc);
+}
+
+static void update(struct learner *l, int step, int steps) {
+  int64_t first = 2 * l->lwc.groups;
+  float batch = l->recipe->scale_lr ? (float)l->recipe->batch : 1;
+  l->k->step_begin(l->k, l->state, l->gradient, l->count + 1);
+  if (l->recipe->lwc) update_clipping(l, step, steps, batch);
+  if (!l->recipe->let) return;
+  l->k->adamw(l->k, l->let.parameter, l->m + first, l->v + first, l->gradient + first, l->let.count, (float)l->recipe->let_lr * batch,
+              l->state);
+  let_limit(&l->let);
 }
 
 /* Mean loss of an epoch's samples, from the sums of its steps. */
@@ -196,22 +253,34 @@ static void close_epoch(struct learner *l, int index, int epoch) {
   progress_epoch(l->progress, index, epoch + 1, l->recipe->epochs, l->epoch_loss[epoch]);
 }
 
+void learner_start(struct learner *l) {
+  int64_t factors = 2 * l->lwc.groups;
+  if (l->recipe->let) let_start(&l->let, l->block, l->target->statistics);
+  let_fold(&l->let, l->block, in_training(l).let);
+  if (searches(l))
+    search(l);
+  else
+    lwc_start(&l->lwc);
+  l->k->copy(l->k, l->start, l->lwc.factor, (size_t)factors * sizeof(float));
+  if (l->recipe->let) l->k->copy(l->k, l->start + factors, l->let.parameter, (size_t)l->let.count * sizeof(float));
+}
+
 void learner_begin(struct learner *l) {
-  size_t bytes = 2 * (size_t)l->lwc->groups * sizeof(float);
+  size_t bytes = (size_t)l->count * sizeof(float);
   l->k->clear(l->k, l->m, bytes);
   l->k->clear(l->k, l->v, bytes);
   l->k->clear(l->k, l->state, sizeof *l->state);
+  memset(l->block->expert_tokens, 0, (size_t)l->block->model->experts * sizeof *l->block->expert_tokens);
 }
 
 void learner_step(struct learner *l, int step, int steps) {
-  int64_t count = 2 * l->lwc->groups;
   int in_epoch = step % l->shard->steps;
   struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
-  lwc_quantize(l->lwc, l->block, l->lwc->factor, l->lwc->stored_scale);
+  learner_quantize(l, in_training(l), l->recipe->stored_scale);
   l->k->bf16_products = l->recipe->bf16_products;
-  shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, count + 1);
+  shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, l->count + 1);
   l->k->bf16_products = false;
-  l->k->copy(l->k, l->step_loss + step, l->gradient + count, sizeof(float));
+  l->k->copy(l->k, l->step_loss + step, l->gradient + l->count, sizeof(float));
   update(l, step, steps);
 }
 
@@ -222,6 +291,20 @@ static void train(struct learner *l, int index) {
     learner_step(l, step, steps);
     if ((step + 1) % l->shard->steps == 0) close_epoch(l, index, step / l->shard->steps);
   }
+}
+
+/* Experts that no rank sent a token to learned nothing, not even that their start is good: they are rounded to nearest. */
+static int round_untrained_experts(struct learner *l) {
+  int untrained = 0;
+  for (int e = 0; e < l->block->model->experts; e++) {
+    if (world_sum(l->world, (double)l->block->expert_tokens[e]) > 0) continue;
+    untrained++;
+    for (enum linear_role role = LINEAR_GATE; role <= LINEAR_DOWN; role++) {
+      lwc_round(&l->lwc, linear_of_expert(role, e), l->lwc.factor);
+      lwc_round(&l->lwc, linear_of_expert(role, e), l->start);
+    }
+  }
+  return untrained;
 }
 
 /* ---- one block ---- */
@@ -236,40 +319,39 @@ static void choose(struct outcome *outcome) {
     if (better(outcome->loss[i], outcome->loss[outcome->kept])) outcome->kept = (enum kept)i;
 }
 
-const float *learner_factors(const struct learner *l, const struct outcome *outcome) {
-  return outcome->kept == KEPT_RTN ? NULL : outcome->kept == KEPT_START ? l->start : l->lwc->factor;
+struct learned learner_result(const struct learner *l, const struct outcome *outcome) {
+  if (outcome->kept == KEPT_RTN) return (struct learned){NULL, NULL};
+  return outcome->kept == KEPT_START ? at_start(l) : in_training(l);
+}
+
+static void learn(struct learner *l, int index, struct outcome *outcome) {
+  struct step_state state;
+  learner_start(l);
+  outcome->loss[KEPT_RTN] = measure(l, (struct learned){NULL, NULL});
+  outcome->loss[KEPT_START] = measure(l, at_start(l));
+  train(l, index);
+  outcome->untrained_experts = round_untrained_experts(l);
+  outcome->loss[KEPT_END] = measure(l, in_training(l));
+  l->k->download(l->k, &state, l->state, sizeof state);
+  outcome->skipped = state.skipped;
+  choose(outcome);
 }
 
 int learner_run(struct learner *l, int index, struct outcome *outcome, struct error *error) {
-  struct kernels *k = l->k;
-  struct step_state state = {0};
-  bool learns = l->recipe->lwc && l->recipe->epochs > 0;
-  bool searches = l->recipe->lwc && l->recipe->lwc_init == LWC_INIT_SEARCH;
   *outcome = (struct outcome){.loss = {NAN, NAN, NAN}, .kept = KEPT_RTN};
-  if (searches || l->recipe->aug_loss) observe_pass(l);
-  target_pass(l);
-  if (learns) {
-    if (searches)
-      search(l);
-    else
-      lwc_start(l->lwc);
-    k->copy(k, l->start, l->lwc->factor, 2 * (size_t)l->lwc->groups * sizeof(float));
-    outcome->loss[KEPT_RTN] = measure(l, NULL, false);
-    outcome->loss[KEPT_START] = measure(l, l->start, false);
-    train(l, index);
-    outcome->loss[KEPT_END] = measure(l, l->lwc->factor, false);
-    k->download(k, &state, l->state, sizeof state);
-    outcome->skipped = state.skipped;
-    choose(outcome);
-  }
-  outcome->loss[outcome->kept] = measure(l, learner_factors(l, outcome), true);
-  return k->synchronize(k, error);
+  l->block->quantizer = l->recipe->activations;
+  if (searches(l) || l->recipe->aug_loss) observe_pass(l);
+  if (learns(l)) learn(l, index, outcome);
+  if (outcome->kept != KEPT_END) outcome->loss[outcome->kept] = measure(l, learner_result(l, outcome));
+  data *before = l->x_q; /* the last measured was what is kept: `next` is its output */
+  l->x_q = l->next;
+  l->next = before;
+  return l->k->synchronize(l->k, error);
 }
 
 void learner_pass(struct learner *l) {
-  target_pass(l);
   for (int i = 0; i < l->shard->count; i++) {
-    data *x = sample_at(l, l->samples->x_q, i);
+    data *x = sample_at(l, l->x_q, i);
     block_forward(l->block, BLOCK_FULL, x, x);
     poll(l);
   }

@@ -4,14 +4,18 @@
 static const float START_GAMMA = 4.0f;
 static const float LARGEST_SEARCHED = 0.982f; /* sigmoid(4): a start that leaves gamma a gradient */
 
+struct quantized_shape lwc_shape(const struct linear *linear, const struct recipe *recipe) {
+  int64_t row = linear->columns > 0 ? linear->columns : 1; /* a layer that the family has not */
+  int64_t group = recipe->group_size && recipe->group_size < row ? recipe->group_size : row;
+  return (struct quantized_shape){linear->quantized ? linear->rows : 0, linear->columns, {recipe->wbits, recipe->symmetric, group}};
+}
+
 int lwc_init(struct lwc *lwc, const struct model *model, struct kernels *k, const struct recipe *recipe, struct error *error) {
   *lwc = (struct lwc){.k = k, .sigmoid = recipe->optimizer == OPTIMIZER_ADAMW, .stored_scale = recipe->stored_scale};
-  for (int i = 0; i < LINEARS; i++) {
-    const struct linear *linear = &model->linear[i];
-    int64_t group = recipe->group_size && recipe->group_size < linear->columns ? recipe->group_size : linear->columns;
-    lwc->shape[i] = (struct weight_shape){linear->rows, linear->columns, {recipe->wbits, recipe->symmetric, group}};
+  for (int i = 0; i < model->linears; i++) {
+    lwc->shape[i] = lwc_shape(&model->linear[i], recipe);
     lwc->first[i] = lwc->groups;
-    lwc->groups += weight_groups(&lwc->shape[i]);
+    lwc->groups += groups_of(&lwc->shape[i]);
   }
   size_t bytes = 2 * (size_t)lwc->groups * sizeof(float);
   lwc->parameter = k->allocate(k, bytes);
@@ -39,31 +43,51 @@ void lwc_update_factors(struct lwc *lwc) {
     lwc->k->copy(lwc->k, lwc->factor, lwc->parameter, 2 * (size_t)lwc->groups * sizeof(float));
 }
 
-void lwc_search(struct lwc *lwc, const struct block *block, const float *const importance[LINEARS], struct world *world) {
+/* The weight of a layer that is quantized; NULL for others. */
+static const data *weight_of(const struct block *block, int linear) {
+  const struct linear *layer = &block->model->linear[linear];
+  return layer->quantized ? block_tensor(block, BLOCK_FULL, layer->weight) : NULL;
+}
+
+void lwc_search(struct lwc *lwc, const struct block *block, const struct let *let, const float *const importance[], struct world *world) {
   struct kernels *k = lwc->k;
   size_t count = 2 * (size_t)lwc->groups, bytes = count * sizeof(float);
   k->clear(k, lwc->parameter, bytes);
-  for (int i = 0; i < LINEARS; i++) {
-    int64_t groups = weight_groups(&lwc->shape[i]);
+  for (int i = 0; i < block->model->linears; i++) {
+    struct weight_scales scales = let_scales(let, i);
+    int64_t groups = groups_of(&lwc->shape[i]);
     float *hi = lwc->parameter + lwc->first[i], *lo = hi + lwc->groups;
-    k->clip_search(k, hi, lo, block_weight(block, (enum linear_role)i, BLOCK_FULL), importance[i], &lwc->shape[i],
-                   groups * world->rank / world->size, groups * (world->rank + 1) / world->size);
+    if (weight_of(block, i))
+      k->clip_search(k, hi, lo, weight_of(block, i), &scales, importance[i], &lwc->shape[i], groups * world->rank / world->size,
+                     groups * (world->rank + 1) / world->size);
   }
   world_allreduce(world, lwc->parameter, count, lwc->factor); /* every group was searched by one rank: the sum gathers them */
   if (lwc->sigmoid) k->sigmoid_inverse(k, lwc->parameter, LARGEST_SEARCHED, 2 * lwc->groups);
   lwc_update_factors(lwc);
 }
 
-void lwc_quantize(const struct lwc *lwc, struct block *block, const float *factor, bool at_rest) {
-  for (int i = 0; i < LINEARS; i++) {
-    enum linear_role role = (enum linear_role)i;
+void lwc_round(const struct lwc *lwc, int linear, float *factor) {
+  int64_t groups = groups_of(&lwc->shape[linear]);
+  lwc->k->fill(lwc->k, factor + lwc->first[linear], 1, groups);
+  lwc->k->fill(lwc->k, factor + lwc->groups + lwc->first[linear], 1, groups);
+}
+
+void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *let, const float *factor, bool at_rest) {
+  for (int i = 0; i < block->model->linears; i++) {
+    struct weight_scales scales = let_scales(let, i);
     const float *hi = factor ? factor + lwc->first[i] : NULL, *lo = factor ? hi + lwc->groups : NULL;
-    lwc->k->quantize_forward(lwc->k, block_effective(block, role), block_weight(block, role, BLOCK_FULL), hi, lo, &lwc->shape[i], at_rest);
+    if (weight_of(block, i))
+      lwc->k->quantize_forward(lwc->k, block_tensor(block, BLOCK_QUANTIZED, block->model->linear[i].weight), weight_of(block, i), &scales,
+                               hi, lo, &lwc->shape[i], at_rest);
   }
 }
 
-void lwc_backward(const struct lwc *lwc, const struct block *block, enum linear_role role, const data *dw, float *gradient) {
-  int64_t first = lwc->first[role];
-  lwc->k->quantize_backward(lwc->k, gradient + first, gradient + lwc->groups + first, dw, block_weight(block, role, BLOCK_FULL),
-                            lwc->factor + first, lwc->factor + lwc->groups + first, &lwc->shape[role], lwc->stored_scale);
+void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, const data *dw, const float *factor,
+                  float *gradient, float *drow, float *dcolumn) {
+  struct weight_scales scales = let_scales(let, linear);
+  int64_t first = lwc->first[linear];
+  lwc->k->quantize_backward(lwc->k, gradient ? gradient + first : NULL, gradient ? gradient + lwc->groups + first : NULL,
+                            scales.row ? drow : NULL, scales.column ? dcolumn : NULL, dw, weight_of(block, linear), &scales,
+                            factor ? factor + first : NULL, factor ? factor + lwc->groups + first : NULL, &lwc->shape[linear],
+                            lwc->stored_scale);
 }

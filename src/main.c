@@ -8,17 +8,17 @@
 #include "calibrate.h"
 #include "evaluate.h"
 #include "inspect.h"
-#include "recipe.h"
 #include "world.h"
 
-/* Only rank 0 needs to see the recipe file. */
+/* Only rank 0 needs to see the recipe files. */
 static int run_calibrate(struct world *world, const struct arguments *arguments, struct error *error) {
-  struct recipe recipe;
-  recipe_init(&recipe);
-  if (world->rank == 0) arguments_recipe(arguments, &recipe, error);
+  struct calibrate_recipe recipes[CALIBRATE_MAX_RECIPES];
+  int count = 0;
+  if (world->rank == 0) arguments_recipes(arguments, recipes, &count, error);
   if (world_agree(world, error)) return error->code;
-  world_broadcast(world, &recipe, sizeof recipe);
-  return calibrate(world, &arguments->calibrate, &recipe, error);
+  world_broadcast(world, &count, sizeof count);
+  world_broadcast(world, recipes, (size_t)count * sizeof *recipes);
+  return calibrate(world, &arguments->calibrate, recipes, count, error);
 }
 
 static int run_eval(struct world *world, const struct arguments *arguments, struct error *error) {

@@ -11,23 +11,139 @@
 
 enum presence { NEVER, ALWAYS, BY_CONFIG };
 
+/* Names of a block's parts in the checkpoint, without ".weight"; NULL for what a family has not. */
+struct part_names {
+  const char *norm[NORMS];
+  const char *linear[ROLES]; /* with one %d for the expert in families that have experts */
+  const char *fused;         /* q, k and v in one: for each kv head its query heads, then k, then v */
+};
+
+/* Keys of config.json; NULL for what a family fixes by other keys or not at all. */
+struct keys {
+  const char *ffn, *kv_heads, *norm_eps, *activation;
+};
+
+struct config;
+
 struct family {
   const char *model_type;
   struct model_names names;
+  struct part_names parts;
+  struct keys keys;
+  double rope_theta;              /* where config.json names none; 0: no rotary positions */
   enum presence qkv_bias, o_bias; /* BY_CONFIG: attention_bias */
   enum presence mlp_bias;         /* BY_CONFIG: mlp_bias */
-  bool qk_norm;                   /* RMSNorm over each head of q and k */
-  bool sliding_window;            /* sliding_window of config.json holds for all blocks */
+  enum activation activation;     /* where config.json names none */
+  int ffn_of_hidden;              /* the MLP's width over the hidden size where config.json names none; 0: it has to */
+  float norm_eps;                 /* where config.json names none */
+  bool layer_norm;
+  bool sliding_window; /* sliding_window of config.json holds for all blocks */
+  bool tied;           /* where config.json does not say */
+  /* What other families have not: changes model and parts by config.json. NULL for none. */
+  void (*adapt)(const struct config *config, struct model *model, struct part_names *parts);
 };
 
 #define LLAMA_NAMES                                                                                                                        \
-  { "model.layers.%d.", "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight" }
+  {                                                                                                                                        \
+    .block_prefix = "model.layers.%d.", .embedding = "model.embed_tokens.weight", .head = "lm_head.weight",                                \
+    .final_norm = "model.norm.weight"                                                                                                      \
+  }
+#define LLAMA_ATTENTION                                                                                                                    \
+  [LINEAR_Q] = "self_attn.q_proj", [LINEAR_K] = "self_attn.k_proj", [LINEAR_V] = "self_attn.v_proj", [LINEAR_O] = "self_attn.o_proj"
+#define LLAMA_NORMS [NORM_ATTENTION] = "input_layernorm", [NORM_MLP] = "post_attention_layernorm"
+#define LLAMA_LINEAR                                                                                                                       \
+  { LLAMA_ATTENTION, [LINEAR_GATE] = "mlp.gate_proj", [LINEAR_UP] = "mlp.up_proj", [LINEAR_DOWN] = "mlp.down_proj" }
+#define LLAMA_KEYS                                                                                                                         \
+  { "intermediate_size", "num_key_value_heads", "rms_norm_eps", "hidden_act" }
+
+static void adapt_opt(const struct config *config, struct model *model, struct part_names *parts);
+static void adapt_falcon(const struct config *config, struct model *model, struct part_names *parts);
+static void adapt_mixtral(const struct config *config, struct model *model, struct part_names *parts);
 
 static const struct family families[] = {
-    {"llama", LLAMA_NAMES, BY_CONFIG, BY_CONFIG, BY_CONFIG, false, false},
-    {"mistral", LLAMA_NAMES, NEVER, NEVER, NEVER, false, true},
-    {"qwen2", LLAMA_NAMES, ALWAYS, NEVER, NEVER, false, false},
-    {"qwen3", LLAMA_NAMES, BY_CONFIG, BY_CONFIG, NEVER, true, false},
+    {.model_type = "llama",
+     .names = LLAMA_NAMES,
+     .parts = {.norm = {LLAMA_NORMS}, .linear = LLAMA_LINEAR},
+     .keys = LLAMA_KEYS,
+     .qkv_bias = BY_CONFIG,
+     .o_bias = BY_CONFIG,
+     .mlp_bias = BY_CONFIG,
+     .norm_eps = 1e-6f,
+     .rope_theta = 10000},
+    {.model_type = "mistral",
+     .names = LLAMA_NAMES,
+     .parts = {.norm = {LLAMA_NORMS}, .linear = LLAMA_LINEAR},
+     .keys = LLAMA_KEYS,
+     .norm_eps = 1e-6f,
+     .rope_theta = 10000,
+     .sliding_window = true},
+    {.model_type = "qwen2",
+     .names = LLAMA_NAMES,
+     .parts = {.norm = {LLAMA_NORMS}, .linear = LLAMA_LINEAR},
+     .keys = LLAMA_KEYS,
+     .qkv_bias = ALWAYS,
+     .norm_eps = 1e-6f,
+     .rope_theta = 10000},
+    {.model_type = "qwen3",
+     .names = LLAMA_NAMES,
+     .parts = {.norm = {LLAMA_NORMS, [NORM_Q] = "self_attn.q_norm", [NORM_K] = "self_attn.k_norm"}, .linear = LLAMA_LINEAR},
+     .keys = LLAMA_KEYS,
+     .qkv_bias = BY_CONFIG,
+     .o_bias = BY_CONFIG,
+     .norm_eps = 1e-6f,
+     .rope_theta = 10000},
+    {.model_type = "opt",
+     .names = {.block_prefix = "model.decoder.layers.%d.",
+               .embedding = "model.decoder.embed_tokens.weight",
+               .head = "lm_head.weight",
+               .final_norm = "model.decoder.final_layer_norm.weight",
+               .final_norm_bias = "model.decoder.final_layer_norm.bias",
+               .positions = "model.decoder.embed_positions.weight",
+               .project_in = "model.decoder.project_in.weight",
+               .project_out = "model.decoder.project_out.weight"},
+     .parts = {.norm = {[NORM_ATTENTION] = "self_attn_layer_norm", [NORM_MLP] = "final_layer_norm"},
+               .linear = {[LINEAR_Q] = "self_attn.q_proj",
+                          [LINEAR_K] = "self_attn.k_proj",
+                          [LINEAR_V] = "self_attn.v_proj",
+                          [LINEAR_O] = "self_attn.out_proj",
+                          [LINEAR_UP] = "fc1",
+                          [LINEAR_DOWN] = "fc2"}},
+     .keys = {.ffn = "ffn_dim", .activation = "activation_function"},
+     .qkv_bias = ALWAYS,
+     .o_bias = ALWAYS,
+     .mlp_bias = ALWAYS,
+     .activation = ACTIVATION_RELU,
+     .norm_eps = 1e-5f,
+     .layer_norm = true,
+     .tied = true,
+     .adapt = adapt_opt},
+    {.model_type = "falcon",
+     .names = {.block_prefix = "transformer.h.%d.",
+               .embedding = "transformer.word_embeddings.weight",
+               .head = "lm_head.weight",
+               .final_norm = "transformer.ln_f.weight",
+               .final_norm_bias = "transformer.ln_f.bias"},
+     .parts = {.norm = {[NORM_ATTENTION] = "input_layernorm"},
+               .linear = {[LINEAR_O] = "self_attention.dense", [LINEAR_UP] = "mlp.dense_h_to_4h", [LINEAR_DOWN] = "mlp.dense_4h_to_h"},
+               .fused = "self_attention.query_key_value"},
+     .keys = {.ffn = "ffn_hidden_size", .norm_eps = "layer_norm_epsilon", .activation = "activation"},
+     .activation = ACTIVATION_GELU,
+     .ffn_of_hidden = 4,
+     .norm_eps = 1e-5f,
+     .layer_norm = true,
+     .rope_theta = 10000,
+     .tied = true,
+     .adapt = adapt_falcon},
+    {.model_type = "mixtral",
+     .names = LLAMA_NAMES,
+     .parts = {.norm = {LLAMA_NORMS},
+               .linear = {LLAMA_ATTENTION, [LINEAR_ROUTER] = "block_sparse_moe.gate", [LINEAR_GATE] = "block_sparse_moe.experts.%d.w1",
+                          [LINEAR_UP] = "block_sparse_moe.experts.%d.w3", [LINEAR_DOWN] = "block_sparse_moe.experts.%d.w2"}},
+     .keys = LLAMA_KEYS,
+     .norm_eps = 1e-5f,
+     .rope_theta = 1e6,
+     .sliding_window = true,
+     .adapt = adapt_mixtral},
 };
 
 static const struct family *family_find(const char *model_type) {
@@ -49,7 +165,7 @@ struct config {
 };
 
 static const json_t *config_get(const struct config *config, const char *key) {
-  const json_t *value = json_object_get(config->root, key);
+  const json_t *value = key ? json_object_get(config->root, key) : NULL;
   return json_is_null(value) ? NULL : value;
 }
 
@@ -99,11 +215,11 @@ static bool has_sets(const json_t *parameters) {
 }
 
 /* transformers 4 writes rope_theta and rope_scaling, transformers 5 both inside rope_parameters. */
-static void parse_rope(const struct config *config, struct rope_settings *rope) {
+static void parse_rope(const struct config *config, double theta, struct rope_settings *rope) {
   const json_t *parameters = config_get(config, "rope_parameters");
   const json_t *scaling = parameters ? parameters : config_get(config, "rope_scaling");
   const json_t *thetas = parameters && json_object_get(parameters, "rope_theta") ? parameters : config->root;
-  rope->theta = config_number(config, thetas, "rope_theta", 10000);
+  rope->theta = config_number(config, thetas, "rope_theta", theta);
   if (!scaling) return;
   const json_t *type = json_object_get(scaling, "rope_type");
   if (!type) type = json_object_get(scaling, "type");
@@ -131,11 +247,30 @@ static void parse_rope(const struct config *config, struct rope_settings *rope) 
   }
 }
 
+static bool gated(const struct model *model) {
+  return model->activation == ACTIVATION_SILU_GATED;
+}
+
+/* A gated MLP has silu; a plain one relu or gelu. */
+static void parse_activation(const struct config *config, const struct family *family, struct model *model) {
+  const json_t *value = config_get(config, family->keys.activation);
+  const char *name = json_string_value(value);
+  model->activation = family->activation;
+  if (!value) return;
+  if (gated(model) && (!name || strcmp(name, "silu") != 0))
+    error_set(config->error, ERROR_INPUT, "%s: %s: only \"silu\" is supported in this family", config->path, family->keys.activation);
+  if (gated(model)) return;
+  if (name && strcmp(name, "relu") == 0)
+    model->activation = ACTIVATION_RELU;
+  else if (name && strcmp(name, "gelu") == 0)
+    model->activation = ACTIVATION_GELU;
+  else
+    error_set(config->error, ERROR_INPUT, "%s: %s: only \"relu\" and \"gelu\" are supported in this family", config->path,
+              family->keys.activation);
+}
+
 /* Refuses by name what would silently compute another model. */
 static void refuse_unsupported(const struct config *config) {
-  const json_t *act = config_get(config, "hidden_act");
-  if (act && (!json_is_string(act) || strcmp(json_string_value(act), "silu") != 0))
-    error_set(config->error, ERROR_INPUT, "%s: hidden_act: only \"silu\" is supported in this family", config->path);
   if (config_bool(config, "use_sliding_window", false))
     error_set(config->error, ERROR_INPUT, "%s: use_sliding_window: a window in some blocks only is not supported", config->path);
   const json_t *partial = config_get(config, "partial_rotary_factor");
@@ -148,70 +283,165 @@ static void refuse_unsupported(const struct config *config) {
 
 static void parse_sizes(const struct config *config, const struct family *family, struct model *model) {
   model->blocks = config_size(config, "num_hidden_layers", 0);
-  model->hidden = config_size(config, "hidden_size", 0);
-  model->ffn = config_size(config, "intermediate_size", 0);
+  model->hidden = model->embedding = config_size(config, "hidden_size", 0);
   model->heads = config_size(config, "num_attention_heads", 0);
-  model->kv_heads = config_size(config, "num_key_value_heads", model->heads);
+  model->kv_heads = family->keys.kv_heads ? config_size(config, family->keys.kv_heads, model->heads) : model->heads;
+  model->ffn = config_size(config, family->keys.ffn, family->ffn_of_hidden * (int64_t)model->hidden);
   model->vocabulary = config_size(config, "vocab_size", 0);
   model->head_size = config_size(config, "head_dim", model->hidden / model->heads > 0 ? model->hidden / model->heads : 1);
-  model->norm_eps = (float)config_number(config, config->root, "rms_norm_eps", 1e-6);
-  model->tied_embeddings = config_bool(config, "tie_word_embeddings", false);
+  model->norm_eps =
+      family->keys.norm_eps ? (float)config_number(config, config->root, family->keys.norm_eps, family->norm_eps) : family->norm_eps;
+  model->experts_per_token = 1;
+  model->layer_norm = family->layer_norm;
+  model->final_norm = true;
+  model->tied_embeddings = config_bool(config, "tie_word_embeddings", family->tied);
   model->window = family->sliding_window && config_get(config, "sliding_window") ? config_size(config, "sliding_window", 0) : 0;
+}
+
+static void check_sizes(const struct config *config, const struct family *family, const struct model *model) {
   if (model->heads % model->kv_heads)
-    error_set(config->error, ERROR_INPUT, "%s: num_key_value_heads: %d does not divide num_attention_heads %d", config->path,
-              model->kv_heads, model->heads);
+    error_set(config->error, ERROR_INPUT, "%s: %s: %d does not divide num_attention_heads %d", config->path,
+              family->keys.kv_heads ? family->keys.kv_heads : "num_kv_heads", model->kv_heads, model->heads);
   if (!config_get(config, "head_dim") && model->hidden % model->heads)
     error_set(config->error, ERROR_INPUT, "%s: num_attention_heads: %d does not divide hidden_size %d, and there is no head_dim",
               config->path, model->heads, model->hidden);
   if ((int64_t)model->heads * model->head_size > 1 << 24)
     error_set(config->error, ERROR_INPUT, "%s: head_dim: %d heads of %d are more than 16777216 columns", config->path, model->heads,
               model->head_size);
-  if (model->head_size % 2)
+  if (family->rope_theta > 0 && model->head_size % 2)
     error_set(config->error, ERROR_INPUT, "%s: head_dim: %d is odd, rotary embedding needs pairs", config->path, model->head_size);
+}
+
+/* ---- families that have what others have not ---- */
+
+static void adapt_opt(const struct config *config, struct model *model, struct part_names *parts) {
+  model->post_norm = !config_bool(config, "do_layer_norm_before", true);
+  model->final_norm = !model->post_norm && !config_bool(config, "_remove_final_layer_norm", false);
+  model->embedding = config_size(config, "word_embed_proj_dim", model->hidden);
+  model->positions = config_size(config, "max_position_embeddings", 2048);
+  if (!config_bool(config, "layer_norm_elementwise_affine", true))
+    error_set(config->error, ERROR_INPUT, "%s: layer_norm_elementwise_affine: norms without weights are not supported", config->path);
+  if (!config_bool(config, "enable_bias", true))
+    error_set(config->error, ERROR_INPUT, "%s: enable_bias: an OPT without biases is not supported", config->path);
+  (void)parts;
+}
+
+static void adapt_falcon(const struct config *config, struct model *model, struct part_names *parts) {
+  bool grouped = config_bool(config, "new_decoder_architecture", false);
+  int norms = grouped ? config_size(config, "num_ln_in_parallel_attn", 2) : 1;
+  if (config_bool(config, "alibi", false))
+    error_set(config->error, ERROR_INPUT, "%s: alibi: only rotary positions are supported (Falcon 7B, 11B, 40B, 180B; not Falcon-RW)",
+              config->path);
+  if (config_bool(config, "bias", false))
+    error_set(config->error, ERROR_INPUT, "%s: bias: a Falcon whose linear layers have biases is not supported", config->path);
+  if (norms > 2) error_set(config->error, ERROR_INPUT, "%s: num_ln_in_parallel_attn: %d is not 1 or 2", config->path, norms);
+  model->kv_heads = grouped                                    ? config_size(config, "num_kv_heads", model->heads)
+                    : config_bool(config, "multi_query", true) ? 1
+                                                               : model->heads;
+  model->parallel = grouped || config_bool(config, "parallel_attn", true);
+  if (!model->parallel) {
+    parts->norm[NORM_MLP] = "post_attention_layernorm";
+  } else if (norms == 2) {
+    parts->norm[NORM_ATTENTION] = "ln_attn";
+    parts->norm[NORM_MLP] = "ln_mlp";
+  }
+}
+
+static void adapt_mixtral(const struct config *config, struct model *model, struct part_names *parts) {
+  (void)parts;
+  model->experts = config_size(config, "num_local_experts", 8);
+  model->experts_per_token = config_size(config, "num_experts_per_tok", 2);
+  if (model->experts > MODEL_MAX_EXPERTS)
+    error_set(config->error, ERROR_INPUT, "%s: num_local_experts: %d are more than the %d that are supported", config->path, model->experts,
+              MODEL_MAX_EXPERTS);
+  if (model->experts_per_token > model->experts)
+    error_set(config->error, ERROR_INPUT, "%s: num_experts_per_tok: %d, but there are %d experts", config->path, model->experts_per_token,
+              model->experts);
 }
 
 /* ---- the block's tensors ---- */
 
-static int add_tensor(struct model *model, const char *name, const char *suffix, int64_t rows, int64_t columns, int dimensions) {
+/* The rows of `total` that the map takes; a whole tensor is one run. */
+static struct row_map whole(int64_t rows) {
+  return (struct row_map){0, rows, rows, rows};
+}
+
+static int add_tensor(struct model *model, const char *name, const char *suffix, int64_t rows, int64_t columns, int dimensions,
+                      struct row_map source) {
   struct block_tensor *tensor = &model->tensor[model->tensors];
   snprintf(tensor->name, sizeof tensor->name, "%s.%s", name, suffix);
   tensor->dtype = DTYPE_F32;
   tensor->dimensions = dimensions;
   tensor->rows = rows;
   tensor->columns = columns;
+  tensor->source = source;
   return model->tensors++;
 }
 
-static void add_linear(struct model *model, enum linear_role role, const char *name, int64_t rows, int64_t columns, bool bias) {
-  struct linear *linear = &model->linear[role];
+static void add_norm(struct model *model, enum norm_role role, const char *name, int64_t columns) {
+  model->norm[role] = model->norm_bias[role] = ABSENT;
+  if (!name) return;
+  model->norm[role] = add_tensor(model, name, "weight", 1, columns, 1, whole(columns));
+  if (model->layer_norm) model->norm_bias[role] = add_tensor(model, name, "bias", 1, columns, 1, whole(columns));
+}
+
+static void add_linear(struct model *model, int index, const char *name, int64_t rows, int64_t columns, bool bias, struct row_map source) {
+  struct linear *linear = &model->linear[index];
+  *linear = (struct linear){.weight = ABSENT, .bias = ABSENT};
+  if (!name) return;
   snprintf(linear->name, sizeof linear->name, "%s", name);
   linear->rows = rows;
   linear->columns = columns;
-  linear->weight = add_tensor(model, name, "weight", rows, columns, 2);
-  linear->bias = bias ? add_tensor(model, name, "bias", 1, rows, 1) : ABSENT;
+  linear->quantized = index != LINEAR_ROUTER;
+  linear->weight = add_tensor(model, name, "weight", rows, columns, 2, source);
+  if (bias) linear->bias = add_tensor(model, name, "bias", 1, rows, 1, source);
 }
 
-static void add_tensors(const struct config *config, const struct family *family, struct model *model) {
-  int64_t H = model->hidden, F = model->ffn, D = model->head_size, q = model->heads * D, kv = model->kv_heads * D;
-  bool qkv_bias = present(config, family->qkv_bias, "attention_bias"), o_bias = present(config, family->o_bias, "attention_bias");
-  bool mlp_bias = present(config, family->mlp_bias, "mlp_bias");
-  model->norm[NORM_ATTENTION] = add_tensor(model, "input_layernorm", "weight", 1, H, 1);
-  add_linear(model, LINEAR_Q, "self_attn.q_proj", q, H, qkv_bias);
-  add_linear(model, LINEAR_K, "self_attn.k_proj", kv, H, qkv_bias);
-  add_linear(model, LINEAR_V, "self_attn.v_proj", kv, H, qkv_bias);
-  model->norm[NORM_Q] = family->qk_norm ? add_tensor(model, "self_attn.q_norm", "weight", 1, D, 1) : ABSENT;
-  model->norm[NORM_K] = family->qk_norm ? add_tensor(model, "self_attn.k_norm", "weight", 1, D, 1) : ABSENT;
-  add_linear(model, LINEAR_O, "self_attn.o_proj", H, q, o_bias);
-  model->norm[NORM_MLP] = add_tensor(model, "post_attention_layernorm", "weight", 1, H, 1);
-  add_linear(model, LINEAR_GATE, "mlp.gate_proj", F, H, mlp_bias);
-  add_linear(model, LINEAR_UP, "mlp.up_proj", F, H, mlp_bias);
-  add_linear(model, LINEAR_DOWN, "mlp.down_proj", H, F, mlp_bias);
+/* Of a kv head's rows in a fused tensor, `heads` heads from the one numbered `first` on. */
+static struct row_map fused_rows(const struct model *model, int first, int heads) {
+  int64_t D = model->head_size, per_group = model->heads / model->kv_heads + 2;
+  return (struct row_map){first * D, heads * D, per_group * D, model->kv_heads * per_group * D};
+}
+
+static void add_attention(const struct config *config, const struct family *family, const struct part_names *parts, struct model *model) {
+  int64_t H = model->hidden, q = (int64_t)model->heads * model->head_size, kv = (int64_t)model->kv_heads * model->head_size;
+  int share = model->heads / model->kv_heads;
+  bool bias = present(config, family->qkv_bias, "attention_bias");
+  const char *const *name = parts->linear, *fused = parts->fused;
+  add_linear(model, LINEAR_Q, fused ? fused : name[LINEAR_Q], q, H, bias, fused ? fused_rows(model, 0, share) : whole(q));
+  add_linear(model, LINEAR_K, fused ? fused : name[LINEAR_K], kv, H, bias, fused ? fused_rows(model, share, 1) : whole(kv));
+  add_linear(model, LINEAR_V, fused ? fused : name[LINEAR_V], kv, H, bias, fused ? fused_rows(model, share + 1, 1) : whole(kv));
+  add_norm(model, NORM_Q, parts->norm[NORM_Q], model->head_size);
+  add_norm(model, NORM_K, parts->norm[NORM_K], model->head_size);
+  add_linear(model, LINEAR_O, name[LINEAR_O], H, q, present(config, family->o_bias, "attention_bias"), whole(H));
+}
+
+static void add_expert(struct model *model, const struct part_names *parts, int expert, bool bias) {
+  int64_t H = model->hidden, F = model->ffn;
+  for (enum linear_role role = LINEAR_GATE; role <= LINEAR_DOWN; role++) {
+    char name[64];
+    bool down = role == LINEAR_DOWN;
+    if (parts->linear[role]) snprintf(name, sizeof name, parts->linear[role], expert);
+    add_linear(model, linear_of_expert(role, expert), parts->linear[role] ? name : NULL, down ? H : F, down ? F : H, bias,
+               whole(down ? H : F));
+  }
+}
+
+static void add_tensors(const struct config *config, const struct family *family, const struct part_names *parts, struct model *model) {
+  bool bias = present(config, family->mlp_bias, "mlp_bias");
+  int experts = model->experts ? model->experts : 1;
+  model->linears = ROLES + ROLES_OF_EXPERT * (experts - 1);
+  add_norm(model, NORM_ATTENTION, parts->norm[NORM_ATTENTION], model->hidden);
+  add_attention(config, family, parts, model);
+  add_norm(model, NORM_MLP, parts->norm[NORM_MLP], model->hidden);
+  add_linear(model, LINEAR_ROUTER, parts->linear[LINEAR_ROUTER], model->experts, model->hidden, false, whole(model->experts));
+  for (int expert = 0; expert < experts; expert++) add_expert(model, parts, expert, bias);
   model_layout(model);
 }
 
 void model_layout(struct model *model) {
   model->image_bytes = 0;
-  model->elements = model->linear_elements = 0;
+  model->elements = 0;
   for (int i = 0; i < model->tensors; i++) {
     struct block_tensor *tensor = &model->tensor[i];
     int64_t count = tensor->rows * tensor->columns;
@@ -219,10 +449,6 @@ void model_layout(struct model *model) {
     tensor->element_offset = model->elements;
     model->image_bytes += ((size_t)count * dtype_size(tensor->dtype) + 63) / 64 * 64;
     model->elements += (count + 15) / 16 * 16;
-  }
-  for (int i = 0; i < LINEARS; i++) {
-    model->linear[i].element_offset = model->linear_elements;
-    model->linear_elements += (model->linear[i].rows * model->linear[i].columns + 15) / 16 * 16;
   }
 }
 
@@ -240,20 +466,36 @@ int model_parse(struct model *model, const char *text, const char *path, struct 
   const char *type = json_string_value(json_object_get(root, "model_type"));
   const struct family *family = type ? family_find(type) : NULL;
   if (!family) {
-    error_set(error, ERROR_INPUT, "%s: model_type: %s%.60s%s is not supported; llama, mistral, qwen2 and qwen3 are", path, type ? "\"" : "",
-              type ? printable(type).text : "a missing one", type ? "\"" : "");
+    error_set(error, ERROR_INPUT, "%s: model_type: %s%.60s%s is not supported; llama, mistral, qwen2, qwen3, opt, falcon and mixtral are",
+              path, type ? "\"" : "", type ? printable(type).text : "a missing one", type ? "\"" : "");
   } else {
+    struct part_names parts = family->parts;
     snprintf(model->model_type, sizeof model->model_type, "%s", type);
     refuse_unsupported(&config);
     parse_sizes(&config, family, model);
-    parse_rope(&config, &model->rope);
-    if (!error->code) add_tensors(&config, family, model);
+    parse_activation(&config, family, model);
+    if (family->adapt) family->adapt(&config, model, &parts);
+    check_sizes(&config, family, model);
+    if (family->rope_theta > 0) parse_rope(&config, family->rope_theta, &model->rope);
+    if (!error->code) add_tensors(&config, family, &parts, model);
   }
   json_decref(root);
   return error->code;
 }
 
-/* ---- rotary embedding ---- */
+/* ---- positions ---- */
+
+bool model_quantizes(const struct model *model, int tensor) {
+  for (int i = 0; i < model->linears; i++)
+    if (model->linear[i].weight == tensor) return model->linear[i].quantized;
+  return false;
+}
+
+int model_check_seqlen(const struct model *model, int seqlen, const char *where, struct error *error) {
+  if (model->positions == 0 || seqlen <= model->positions) return 0;
+  return error_set(error, ERROR_INPUT, "%s: max_position_embeddings: the model has learned %d positions, seqlen is %d; lower --seqlen",
+                   where, model->positions, seqlen);
+}
 
 /* Frequency of a pair; in float where transformers computes in float, so that angles agree to the last bit. */
 static float rope_frequency(const struct rope_settings *rope, int pair, int head_size) {

@@ -17,13 +17,29 @@ static const struct setting settings[] = {
     {"group_size", SETTING_INT, offsetof(struct recipe, group_size), 0, 1 << 24, NULL, "0",
      "input columns that share a scale; 0: the whole row (per channel)"},
     {"symmetric", SETTING_BOOL, offsetof(struct recipe, symmetric), 0, 1, NULL, "false", "fix the zero point to the middle code"},
-    {"lwc", SETTING_BOOL, offsetof(struct recipe, lwc), 0, 1, NULL, "true", "learn the clipping of weights; false: round to nearest"},
+    {"abits", SETTING_INT, offsetof(struct recipe, activations.abits), 2, 16, NULL, "16",
+     "bits of the activations that linear layers read; 16: not quantized"},
+    {"kv_bits", SETTING_INT, offsetof(struct recipe, activations.kv_bits), 0, 16, NULL, "0",
+     "bits of queries, keys and values; 0: as abits"},
+    {"act_granularity", SETTING_ENUM, offsetof(struct recipe, activations.granularity), 0, 0, "token|tensor|group", "token",
+     "what shares a scale: a token, a whole sample, or act_group_size columns of a token"},
+    {"act_group_size", SETTING_INT, offsetof(struct recipe, activations.group_size), 1, 1 << 24, NULL, "128",
+     "columns a group of activations, where act_granularity is group"},
+    {"kv_granularity", SETTING_ENUM, offsetof(struct recipe, activations.kv_granularity), 0, 0, "head|token", "head",
+     "what shares a scale in queries, keys and values: a token's head, or a token"},
+    {"lwc", SETTING_BOOL, offsetof(struct recipe, lwc), 0, 1, NULL, "true", "learn the clipping of weights"},
+    {"let", SETTING_BOOL, offsetof(struct recipe, let), 0, 1, NULL, "false",
+     "learn scales and shifts that move outliers of activations into weights"},
+    {"let_up", SETTING_BOOL, offsetof(struct recipe, let_up), 0, 1, NULL, "false",
+     "let: scale between the up and down layers too, which the paper does not"},
+    {"alpha", SETTING_REAL, offsetof(struct recipe, alpha), 0, 1, NULL, "0.5",
+     "let: where scales start: how far outliers move, 0 not at all, 1 all the way"},
     {"aug_loss", SETTING_BOOL, offsetof(struct recipe, aug_loss), 0, 1, NULL, "false",
      "add the loss against the full-precision block on the quantized input"},
     {"lwc_init", SETTING_ENUM, offsetof(struct recipe, lwc_init), 0, 0, "paper|search", "paper",
      "where clipping starts: the paper's constant, or a grid search weighted by activations"},
     {"optimizer", SETTING_ENUM, offsetof(struct recipe, optimizer), 0, 0, "adamw|sign", "adamw",
-     "AdamW, or sign updates of the clipping factors for short runs"},
+     "clipping is learned by AdamW, or by sign updates for short runs"},
     {"stored_scale", SETTING_BOOL, offsetof(struct recipe, stored_scale), 0, 1, NULL, "true",
      "train with scales rounded to fp16 as they are stored; false: in fp32, as the paper's code"},
     {"bf16_products", SETTING_BOOL, offsetof(struct recipe, bf16_products), 0, 1, NULL, "false",
@@ -31,8 +47,9 @@ static const struct setting settings[] = {
     {"epochs", SETTING_INT, offsetof(struct recipe, epochs), 0, 1000000, NULL, "20",
      "passes over the samples for each block; 0: round to nearest"},
     {"batch", SETTING_INT, offsetof(struct recipe, batch), 1, 65536, NULL, "1", "samples a step, over all ranks"},
-    {"lwc_lr", SETTING_REAL, offsetof(struct recipe, lwc_lr), 0, 100, NULL, "1e-2", "AdamW's learning rate at batch 1"},
-    {"scale_lr", SETTING_BOOL, offsetof(struct recipe, scale_lr), 0, 1, NULL, "true", "multiply AdamW's learning rate by batch"},
+    {"lwc_lr", SETTING_REAL, offsetof(struct recipe, lwc_lr), 0, 100, NULL, "1e-2", "AdamW's learning rate of lwc at batch 1"},
+    {"let_lr", SETTING_REAL, offsetof(struct recipe, let_lr), 0, 100, NULL, "5e-3", "AdamW's learning rate of let at batch 1"},
+    {"scale_lr", SETTING_BOOL, offsetof(struct recipe, scale_lr), 0, 1, NULL, "true", "multiply AdamW's learning rates by batch"},
     {"sign_span", SETTING_REAL, offsetof(struct recipe, sign_span), 0, 100, NULL, "1",
      "sign updates: a clipping factor, between 0 and 1, can travel half of it in all"},
     {"samples", SETTING_INT, offsetof(struct recipe, samples), 1, 1 << 24, NULL, "128", "calibration samples"},
@@ -57,15 +74,27 @@ int recipe_set(struct recipe *recipe, const struct setting *setting, const char 
   return setting_set(recipe, setting, text, origin, error);
 }
 
+/* What learns has to have a length of steps. */
+static int check_rate(const struct recipe *recipe, bool learned, const char *name, double rate, struct error *error) {
+  if (!learned || recipe->epochs == 0 || rate > 0) return 0;
+  return error_set(error, ERROR_INPUT, "%s: 0 would learn nothing in %d epochs: raise it, or set epochs to 0", name, recipe->epochs);
+}
+
 int recipe_check(const struct recipe *recipe, struct error *error) {
+  bool sign = recipe->optimizer == OPTIMIZER_SIGN;
   if (recipe->batch > recipe->samples)
     return error_set(error, ERROR_INPUT, "batch: %d is more than the %d samples: lower batch or raise samples", recipe->batch,
                      recipe->samples);
-  bool sign = recipe->optimizer == OPTIMIZER_SIGN;
-  if (recipe->lwc && recipe->epochs > 0 && !((sign ? recipe->sign_span : recipe->lwc_lr) > 0))
-    return error_set(error, ERROR_INPUT, "%s: 0 would learn nothing in %d epochs: raise it, or set epochs to 0",
-                     sign ? "sign_span" : "lwc_lr", recipe->epochs);
-  return 0;
+  if (recipe->activations.kv_bits == 1) return error_set(error, ERROR_INPUT, "kv_bits: 1 is neither 0 (as abits) nor in 2..16");
+  if (recipe->let_up && !recipe->let)
+    return error_set(error, ERROR_INPUT, "let_up: true is a part of let, which is false: set let to true, or let_up to false");
+  if (check_rate(recipe, recipe->lwc && !sign, "lwc_lr", recipe->lwc_lr, error)) return error->code;
+  if (check_rate(recipe, recipe->lwc && sign, "sign_span", recipe->sign_span, error)) return error->code;
+  return check_rate(recipe, recipe->let, "let_lr", recipe->let_lr, error);
+}
+
+bool recipe_same(const struct recipe *a, const struct recipe *b, const struct setting *setting) {
+  return memcmp((const char *)a + setting->offset, (const char *)b + setting->offset, setting_bytes(setting)) == 0;
 }
 
 /* A recipe file being read. */
@@ -217,6 +246,8 @@ static json_t *setting_json(const struct recipe *recipe, const struct setting *s
     return json_real(*(const double *)field);
   case SETTING_TEXT:
     return json_string(*(const char *const *)field);
+  case SETTING_TEXTS: /* no setting of a recipe */
+    return NULL;
   case SETTING_ENUM:
     choice = setting_choice(setting, *(const int *)field, &length);
     return choice != NULL ? json_stringn(choice, (size_t)length) : NULL;
@@ -248,4 +279,56 @@ char *recipe_json(const struct recipe *recipe) {
   if (!failed) text = json_dumps(object, JSON_REAL_PRECISION(real_digits(recipe)));
   json_decref(object);
   return text;
+}
+
+/* Whether a JSON value is of the kind that setting_json makes. */
+static bool is_kind(const struct setting *setting, const json_t *value) {
+  switch (setting->type) {
+  case SETTING_INT:
+  case SETTING_INT64:
+    return json_is_integer(value);
+  case SETTING_BOOL:
+    return json_is_boolean(value);
+  case SETTING_REAL:
+    return json_is_number(value);
+  default:
+    return json_is_string(value);
+  }
+}
+
+/* The value as setting_set takes it, freed by the caller; NULL without memory. */
+static char *value_text(const json_t *value) {
+  return json_is_string(value) ? strdup(json_string_value(value)) : json_dumps(value, JSON_ENCODE_ANY);
+}
+
+static int set_from_json(struct recipe *recipe, const char *key, const json_t *value, const char *where, struct error *error) {
+  const struct setting *setting = setting_find(settings, SETTINGS, key);
+  char origin[400];
+  if (setting == NULL)
+    return error_set(error, ERROR_INPUT, "%s: recipe: %s: unknown key; a newer version of this program made it, or it is damaged", where,
+                     printable(key).text);
+  char *text = value_text(value);
+  if (text == NULL) return error_set(error, ERROR_WORK, "%s: no memory to read the recipe", where);
+  snprintf(origin, sizeof origin, "%s: recipe: %s", where, key);
+  if (is_kind(setting, value))
+    recipe_set(recipe, setting, text, origin, error);
+  else
+    error_set(error, ERROR_INPUT, "%s: '%s' is of the wrong type; it is damaged", origin, printable(text).text);
+  free(text);
+  return error->code;
+}
+
+int recipe_from_json(struct recipe *recipe, const char *text, const char *where, struct error *error) {
+  struct error reason = {0};
+  const char *key;
+  json_t *object = json_loads(text, JSON_REJECT_DUPLICATES, NULL), *value;
+  recipe_init(recipe);
+  if (!json_is_object(object)) {
+    error_set(error, ERROR_INPUT, "%s: recipe: not a JSON object; it is damaged", where);
+  } else {
+    json_object_foreach(object, key, value) if (set_from_json(recipe, key, value, where, error)) break;
+    if (error->code == 0 && recipe_check(recipe, &reason)) error_set(error, reason.code, "%s: recipe: %s", where, reason.message);
+  }
+  json_decref(object);
+  return error->code;
 }

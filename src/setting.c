@@ -62,6 +62,24 @@ static int set_enum(void *target, const struct setting *setting, const char *tex
   return error_set(error, ERROR_INPUT, "%s: '%s' is not one of %s", origin, printable(text).text, setting->choices);
 }
 
+static int add_text(void *target, const struct setting *setting, const char *text, const char *origin, struct error *error) {
+  struct setting_texts *texts = field(target, setting);
+  if (texts->count == SETTING_MAX_TEXTS) return error_set(error, ERROR_INPUT, "%s: given more than %d times", origin, SETTING_MAX_TEXTS);
+  texts->text[texts->count++] = text;
+  return 0;
+}
+
+size_t setting_bytes(const struct setting *setting) {
+  static const size_t bytes[] = {[SETTING_INT] = sizeof(int),
+                                 [SETTING_INT64] = sizeof(int64_t),
+                                 [SETTING_BOOL] = sizeof(bool),
+                                 [SETTING_REAL] = sizeof(double),
+                                 [SETTING_ENUM] = sizeof(int),
+                                 [SETTING_TEXT] = sizeof(const char *),
+                                 [SETTING_TEXTS] = sizeof(struct setting_texts)};
+  return bytes[setting->type];
+}
+
 int setting_set(void *target, const struct setting *setting, const char *text, const char *origin, struct error *error) {
   switch (setting->type) {
   case SETTING_INT:
@@ -77,6 +95,9 @@ int setting_set(void *target, const struct setting *setting, const char *text, c
     if (*text == '\0') return error_set(error, ERROR_INPUT, "%s: is empty", origin);
     *(const char **)field(target, setting) = text;
     return 0;
+  case SETTING_TEXTS:
+    if (*text == '\0') return error_set(error, ERROR_INPUT, "%s: is empty", origin);
+    return add_text(target, setting, text, origin, error);
   }
   return error_set(error, ERROR_WORK, "%s: the table of settings has an unknown type", origin);
 }

@@ -8,8 +8,15 @@
 
 #include "error.h"
 
-/* C type of the field: int, int64_t, bool, double, an enum counted from 0, or const char *. */
-enum setting_type { SETTING_INT, SETTING_INT64, SETTING_BOOL, SETTING_REAL, SETTING_ENUM, SETTING_TEXT };
+/* C type of the field: int, int64_t, bool, double, an enum counted from 0, const char *, or struct setting_texts. */
+enum setting_type { SETTING_INT, SETTING_INT64, SETTING_BOOL, SETTING_REAL, SETTING_ENUM, SETTING_TEXT, SETTING_TEXTS };
+
+/* The texts of a flag that may be repeated, in their order. */
+enum { SETTING_MAX_TEXTS = 16 };
+struct setting_texts {
+  int count;
+  const char *text[SETTING_MAX_TEXTS];
+};
 
 /* One setting of a table. */
 struct setting {
@@ -17,7 +24,7 @@ struct setting {
   enum setting_type type;
   size_t offset;        /* of the field in the struct that the table describes */
   double min, max;      /* allowed range of numbers, inclusive; within +-2^53, so that every integer in it is exact */
-  const char *choices;  /* of an ENUM, separated by '|', in the order of its values; of a TEXT, the word for it in --help */
+  const char *choices;  /* of an ENUM, separated by '|', in the order of its values; of TEXT and TEXTS, the word for it in --help */
   const char *fallback; /* default, as written in YAML; NULL for none: a TEXT that must be given, or a flag without its --no- */
   const char *help;     /* one line for --help and the man page */
 };
@@ -26,10 +33,13 @@ struct setting {
 void setting_reset(void *target, /* struct that the table describes */
                    const struct setting *settings, size_t count);
 
-/* Sets one field from text. ERROR_INPUT for the wrong type, trailing characters or a value out of range: "ORIGIN: 9 is not in 2..8";
- * the field is unchanged then. */
+/* Bytes of the field. */
+size_t setting_bytes(const struct setting *setting);
+
+/* Sets one field from text; TEXTS are added to. ERROR_INPUT for the wrong type, trailing characters or a value out of range:
+ * "ORIGIN: 9 is not in 2..8"; the field is unchanged then. */
 int setting_set(void *target, const struct setting *setting,
-                const char *text,   /* as in YAML, or the argument of a flag; a TEXT points to it */
+                const char *text,   /* as in YAML, or the argument of a flag; TEXT and TEXTS point to it */
                 const char *origin, /* where the text stands: "configs/x.yaml:3: wbits" or "--wbits" */
                 struct error *error);
 

@@ -8,7 +8,7 @@ struct writer {
   struct store *store;
   bool busy;
   pthread_t thread;
-  struct block_record record; /* the thread's while busy */
+  struct block_image image; /* the thread's while busy */
   struct error error;
 };
 
@@ -21,8 +21,8 @@ int writer_open(struct store *store, struct writer **writer, struct error *error
 
 static void *writer_main(void *argument) {
   struct writer *writer = argument;
-  store_write_block(writer->store, &writer->record, &writer->error);
-  block_record_free(&writer->record);
+  store_write_block(writer->store, &writer->image, &writer->error);
+  block_image_free(&writer->image);
   return NULL;
 }
 
@@ -32,17 +32,17 @@ static int writer_wait(struct writer *writer, struct error *error) {
   return writer->error.code ? error_set(error, writer->error.code, "%s", writer->error.message) : 0;
 }
 
-int writer_submit(struct writer *writer, struct block_record *record, struct error *error) {
+int writer_submit(struct writer *writer, struct block_image *image, struct error *error) {
   if (!writer) return 0;
   if (writer_wait(writer, error)) {
-    block_record_free(record);
+    block_image_free(image);
     return error->code;
   }
-  writer->record = *record;
-  *record = (struct block_record){0};
+  writer->image = *image;
+  *image = (struct block_image){0};
   writer->busy = pthread_create(&writer->thread, NULL, writer_main, writer) == 0;
   if (writer->busy) return 0;
-  block_record_free(&writer->record);
+  block_image_free(&writer->image);
   return error_set(error, ERROR_WORK, "no thread for the block writer");
 }
 

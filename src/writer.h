@@ -9,9 +9,9 @@ struct writer; /* NULL on ranks that do not write: every function takes it */
 /* Errors: ERROR_WORK (memory). The store must outlive the writer. */
 int writer_open(struct store *store, struct writer **writer, struct error *error);
 
-/* Waits for the block before and hands over the next; the record's memory becomes the writer's in any case.
+/* Waits for the block before and hands over the next; the image's memory becomes the writer's in any case.
  * Errors: those of writing the block before. */
-int writer_submit(struct writer *writer, struct block_record *record, struct error *error);
+int writer_submit(struct writer *writer, struct block_image *image, struct error *error);
 
 /* Waits for the last block and frees. Errors: those of writing it. */
 int writer_close(struct writer *writer, struct error *error);

@@ -119,6 +119,36 @@ shard=model-00002-of-00002.safetensors
 rm "$work/shards/$shard"
 calibrate_ends "safetensors: a shard is missing" "$work/shards" $shard "download" --model "$work/shards" --group-size 16
 
+echo "# models of other families"
+family() {
+  rm -rf "$work/damaged"
+  cp -R "$fixtures/$1" "$work/damaged"
+  weights=$work/damaged/model.safetensors config=$work/damaged/config.json
+}
+family falcon_7b
+sed -i 's/"alibi": false/"alibi": true/' "$config"
+calibrate_ends "config.json: Falcon with ALiBi" "$config" alibi "only rotary positions" "${bad[@]}"
+family falcon_7b
+sed -i 's/"bias": false/"bias": true/' "$config"
+calibrate_ends "config.json: Falcon with biases" "$config" bias "is not supported" "${bad[@]}"
+family falcon_7b
+edit_header 's/("transformer.h.1.self_attention.query_key_value.weight":\{"dtype":"BF16","shape":)\[72,48\]/\1[48,72]/' || exit 1
+calibrate_ends "safetensors: wrong shape of q, k and v in one" "$weights" query_key_value.weight "[72, 48], which config.json says" "${bad[@]}"
+family opt
+sed -i 's/"enable_bias": true/"enable_bias": false/' "$config"
+calibrate_ends "config.json: OPT without biases" "$config" enable_bias "is not supported" "${bad[@]}"
+family opt
+edit_header 's/embed_positions.weight/embed_places.weight/' || exit 1
+calibrate_ends "safetensors: no positions" "$weights" model.decoder.embed_positions.weight "not whole" "${bad[@]}"
+calibrate_ends "seqlen: more than there are positions" "$fixtures/opt" max_position_embeddings "lower --seqlen" --model "$fixtures/opt" --seqlen 65
+eval_ends "seqlen: more than there are positions, eval" "$fixtures/opt" max_position_embeddings "lower --seqlen" --model "$fixtures/opt" --seqlen 65
+family mixtral
+edit_header 's/layers.1.block_sparse_moe.experts.7.w2/layers.1.block_sparse_moe.experts.8.w2/' || exit 1
+calibrate_ends "safetensors: an expert is missing" "$weights" model.layers.1.block_sparse_moe.experts.7.w2.weight "not whole" "${bad[@]}"
+family mixtral
+sed -i 's/"num_local_experts": 8/"num_local_experts": 65/' "$config"
+calibrate_ends "config.json: too many experts" "$config" num_local_experts "than the 64 that are supported" "${bad[@]}"
+
 echo "# NaN in a block that is reached at work: what was stored before stays, whole"
 damaged
 "$helper" nan "$weights" model.layers.1.mlp.up_proj.weight || exit 1
@@ -151,7 +181,22 @@ calibrate_ends "recipe: value out of range" "$recipe:1" wbits "2..8" --config "$
 printf 'group_size: 64\nlwc_lr: fast\n' >"$recipe"
 calibrate_ends "recipe: not a number" "$recipe:2" lwc_lr "fast" --config "$recipe"
 calibrate_ends "recipe: batch above samples" batch "5" "raise samples" --batch 5
+calibrate_ends "recipe: kv_bits of 1" kv_bits "1 is neither" "2..16" --kv-bits 1
+calibrate_ends "recipe: let_up without let" let_up "let, which is false" "set let to true" --let-up
+calibrate_ends "recipe: let that cannot move" let_lr "0 would learn nothing" "raise it" --let --let-lr 0
+calibrate_ends "recipe: let_up through GELU" let_up GELU "set it to false" --model "$fixtures/falcon_7b" --let --let-up
 calibrate_ends "blocks that the model has not" "--blocks" "1:3" "0 to 1" --blocks 1:3
+
+echo "# several recipes of one pass"
+mkdir "$work/other"
+printf 'seed: 1\n' >"$work/a.yaml"
+printf 'seed: 2\n' >"$work/b.yaml"
+printf 'seed: 1\n' >"$work/other/a.yaml"
+calibrate_ends "recipes: another seed" "$work/a.yaml" "$work/b.yaml: seed differs" "give it as --seed" --config "$work/a.yaml" --config "$work/b.yaml"
+calibrate_ends "recipes: the same name" "$work/a.yaml and $work/other/a.yaml" "stored as $out/a" "rename one" --config "$work/a.yaml" --config "$work/other/a.yaml"
+calibrate_ends "recipes: one is missing" "$work/c.yaml" "No such file" "" --config "$work/a.yaml" --config "$work/c.yaml"
+printf 'seed: 1\nwbits: 9\n' >"$work/b.yaml"
+calibrate_ends "recipes: a value out of range" "$work/b.yaml:2" wbits "2..8" --config "$work/a.yaml" --config "$work/b.yaml"
 
 echo "# the output"
 touch "$work/file"

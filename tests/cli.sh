@@ -58,6 +58,8 @@ done
 # --help counts wherever it stands, and nothing behind it.
 ok '^Usage: omniquant calibrate ' calibrate --wbits 3 --help --nonsense
 
+configs=()
+for i in {1..17}; do configs+=(--config "$i.yaml"); done
 refused "a subcommand is missing; 'omniquant --help' lists them"
 refused "'quantize' is not a subcommand; 'omniquant --help' lists them" quantize
 refused "unrecognized option '--model'; see 'omniquant --help'" --model m calibrate
@@ -73,11 +75,18 @@ refused "--blocks: 'all' is not A:B with 0 <= A < B" calibrate --model m --token
 refused "--wbits: 9 is not in 2..8" calibrate --wbits 9
 refused "--lwc-lr: '1e-2x' is not a number" calibrate --lwc-lr 1e-2x
 refused "--sampling: 'some?thing' is not one of random|sequential" calibrate --sampling $'some\nthing'
+refused "--abits: 17 is not in 2..16" calibrate --abits 17
+refused "--alpha: 1.5 is not in 0..1" calibrate --alpha 1.5
+refused "--act-granularity: 'row' is not one of token|tensor|group" calibrate --act-granularity row
+refused "--config: is empty" calibrate --config ""
+refused "--config: given more than 16 times" calibrate "${configs[@]}"
 refused "--backend: 'abacus' is not one of cpu" calibrate --model m --tokens t --output o --backend abacus
 refused "--threads: -1 is not in 0..65536" calibrate --threads -1
 refused "'more' is one argument too many" calibrate --model m more
 refused "--tokens FILE is missing: text to predict, as made by tools/tokenize.py" eval --model m
 refused "--seqlen: 1 is not in 2..16777216" eval --seqlen 1
+refused "--kv-bits: 17 is not in 0..16" eval --kv-bits 17
+refused "--abits: 1 is neither 0 nor in 2..16" eval --model m --tokens t --abits 1
 refused "OUT is missing" inspect
 refused "'b' is one argument too many" inspect a b
 
@@ -103,6 +112,13 @@ if command -v mpirun >/dev/null; then
   status=$?
   [ $status = 2 ] || fail "2 ranks, no recipe: ended with $status"
   [ "$(grep -c '^omniquant: ' "$work/err")" = 1 ] || fail "2 ranks, no recipe: the message did not come once: $(cat "$work/err")"
+  [ -e o ] && fail "something was made"
+  # Several recipes are read by rank 0 alone.
+  printf 'seqlen: 64\n' >"$work/a.yaml" && printf 'seqlen: 32\n' >"$work/b.yaml"
+  launch calibrate --model m --tokens t --output o --config "$work/a.yaml" --config "$work/b.yaml"
+  status=$?
+  [ $status = 2 ] || fail "2 ranks, two recipes: ended with $status"
+  [ "$(grep -c '^omniquant: .*a.yaml and .*b.yaml: seqlen differs' "$work/err")" = 1 ] || fail "2 ranks, two recipes: $(cat "$work/err")"
   [ -e o ] && fail "something was made"
   launch --version || fail "2 ranks: --version ended with $?"
   [ "$(grep -c '^omniquant ' "$work/out")" = 1 ] || fail "2 ranks: the version did not come once"

@@ -120,6 +120,23 @@ static inline float *fetched_floats(struct memory *memory, const float *from, in
   return values;
 }
 
+/* Plain bytes to the device and back. */
+static inline void *device_bytes(struct memory *memory, const void *values, size_t bytes) {
+  void *at = device(memory, bytes);
+  memory->k->upload(memory->k, at, values, bytes);
+  return at;
+}
+
+static inline void *fetched_bytes(struct memory *memory, const void *from, size_t bytes) {
+  void *values = host(memory, (int64_t)bytes, 1);
+  memory->k->download(memory->k, values, from, bytes);
+  return values;
+}
+
+static inline void *poisoned_bytes(struct memory *memory, size_t bytes) { /* all ones */
+  return device_bytes(memory, memset(host(memory, (int64_t)bytes, 1), 0xff, bytes), bytes);
+}
+
 /* Outputs start as NaN, so that what is not written, or is read before, shows. */
 static inline float *poison(struct memory *memory, int64_t count) {
   float *values = host_floats(memory, count);
@@ -285,12 +302,27 @@ static inline double gradient_error(struct memory *memory, const struct gradient
 
 /* ---- backends ---- */
 
-/* for (struct walk walk = {0}; walk_next(&walk);) visits walk.k: each level of the CPU, with 1 thread and with 2. walk.name says which. */
+/* for (struct walk walk = {0}; walk_next(&walk);) visits walk.k: each level of the CPU, with 1 thread and with 2. walk.name says which.
+ * What walk_record is given has to be the same bit for bit with 2 threads as with 1. */
 struct walk {
   struct kernels *k;
   int next;
   char name[40];
+  uint64_t recorded, with_one_thread[3]; /* hashes; of each level */
 };
+
+static inline void walk_record(struct walk *walk, const void *values, size_t bytes) {
+  const unsigned char *byte = values;
+  for (size_t i = 0; i < bytes; i++) walk->recorded = (walk->recorded ^ byte[i]) * 0x100000001b3u; /* FNV-1a */
+}
+
+static inline void walk_compare(struct walk *walk) {
+  int level = (walk->next - 1) % 3;
+  bool first = walk->next <= 3;
+  if (first) walk->with_one_thread[level] = walk->recorded;
+  if (walk->recorded != walk->with_one_thread[level]) fail_msg("%s: other bits than with 1 thread", walk->name);
+  walk->recorded = 0;
+}
 
 static inline bool walk_level(struct kernels *k, int level) {
 #if defined(__x86_64__)
@@ -310,6 +342,7 @@ static inline bool walk_next(struct walk *walk) {
     if (walk->k->synchronize(walk->k, &error)) fail_msg("%s", error.message);
     walk->k->close(walk->k);
     walk->k = NULL;
+    walk_compare(walk);
   }
   while (walk->next < 6) {
     int level = walk->next % 3, threads = 1 + walk->next / 3;

@@ -1,5 +1,5 @@
 /* helper.c: what the shell tests and benchmarks need beside the program: token files, random models of any size, comparing two stores,
- * and damage to safetensors files. */
+ * what is expected of the models of the fixtures, and damage to safetensors files. */
 #include <endian.h>
 #include <hdf5.h>
 #include <jansson.h>
@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 
 #include "dtype.h"
+#include "safetensors.h"
 #include "store.h"
 
 /* ---- common ---- */
@@ -34,6 +35,16 @@ static float next_uniform(uint64_t *state) {
 
 /* ---- tokens ---- */
 
+static int write_tokens(const char *path, const uint32_t *ids, hsize_t count) {
+  hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT), space = H5Screate_simple(1, &count, NULL);
+  hid_t dataset = H5Dcreate2(file, "tokens", H5T_STD_U32LE, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+  bool failed = H5Dwrite(dataset, H5T_NATIVE_UINT32, H5S_ALL, H5S_ALL, H5P_DEFAULT, ids) < 0;
+  H5Dclose(dataset);
+  H5Sclose(space);
+  failed = H5Fclose(file) < 0 || failed;
+  return failed ? say("cannot be written", path) : 0;
+}
+
 static int run_tokens(char **arguments) {
   const char *path = arguments[0];
   hsize_t count = strtoull(arguments[1], NULL, 10);
@@ -41,14 +52,28 @@ static int run_tokens(char **arguments) {
   uint32_t *ids = calloc(count + 1, sizeof *ids);
   if (!ids || !vocabulary) return say("no tokens can be made", path);
   for (hsize_t i = 0; i < count; i++) ids[i] = (uint32_t)(next_random(&state) % vocabulary);
-  hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT), space = H5Screate_simple(1, &count, NULL);
-  hid_t dataset = H5Dcreate2(file, "tokens", H5T_STD_U32LE, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
-  bool failed = H5Dwrite(dataset, H5T_NATIVE_UINT32, H5S_ALL, H5S_ALL, H5P_DEFAULT, ids) < 0;
-  H5Dclose(dataset);
-  H5Sclose(space);
-  failed = H5Fclose(file) < 0 || failed;
+  int failed = write_tokens(path, ids, count);
   free(ids);
-  return failed ? say("cannot be written", path) : 0;
+  return failed;
+}
+
+/* Writes the token ids of an expected.safetensors and prints the perplexity that is expected of them, each sample a window. */
+static int run_expected(char **arguments) {
+  struct error error = {0};
+  struct safetensors *file;
+  double nll = 0;
+  if (safetensors_open_file(arguments[1], &file, &error)) return say(error.message, "");
+  const struct tensor *ids = safetensors_find(file, "input_ids"), *losses = safetensors_find(file, "nll");
+  if (!ids || !losses) return say("has no input_ids or nll", arguments[1]);
+  for (int64_t i = 0; i < losses->shape[0]; i++) {
+    float value;
+    memcpy(&value, (const char *)losses->data + (size_t)i * sizeof value, sizeof value);
+    nll += value;
+  }
+  printf("%.9g\n", exp(nll / (double)losses->shape[0]));
+  int failed = write_tokens(arguments[0], ids->data, ids->bytes / sizeof(uint32_t));
+  safetensors_close(file);
+  return failed;
 }
 
 /* ---- compare ---- */
@@ -120,7 +145,15 @@ static int run_compare(char **arguments) {
     printf("the models have %d and %d blocks\n", store_info(a)->blocks, store_info(b)->blocks);
     same = false;
   }
-  for (int i = 0; same && i < store_info(a)->blocks; i++) same = same_block(a, b, i, &error);
+  int stored = 0;
+  for (int i = 0; same && i < store_info(a)->blocks; i++) {
+    same = same_block(a, b, i, &error);
+    stored += store_has_block(a, i);
+  }
+  if (same && stored == 0) {
+    printf("neither store holds a block\n");
+    same = false;
+  }
   store_close(a, &error);
   store_close(b, &error);
   if (error.code) printf("%s\n", error.message);
@@ -324,6 +357,7 @@ static const struct subcommand {
   int (*run)(char **arguments);
 } subcommands[] = {
     {"tokens", "FILE COUNT VOCABULARY SEED", 4, 4, run_tokens},
+    {"expected", "TOKENS.h5 EXPECTED.safetensors", 2, 2, run_expected},
     {"compare", "STORE_A STORE_B", 2, 2, run_compare},
     {"model", "DIR BLOCKS HIDDEN HEADS KV_HEADS FFN VOCABULARY F32|F16|BF16 [SEED]", 8, 9, run_model},
     {"header", "FILE.safetensors [JSON]", 1, 2, run_header},

@@ -16,10 +16,10 @@
 #include "inspect.h"
 #include "store.h"
 
-static char folder[] = "/tmp/omniquant-inspect-XXXXXX";
+static char folder[] = "/tmp/omniquant-inspect-XXXXXX", experts[] = "/tmp/omniquant-inspect-XXXXXX";
 
 /* Writes block `index` with one linear of 2 rows by 10 columns: 3 bits in groups of 4 (the last short), or 4 bits per channel. */
-static void write_block(struct store *store, int index, bool grouped) {
+static void write_block(struct store *store, int index, bool grouped, int untrained) {
   static uint8_t codes[2 * 5], zero_point[2 * 3];
   static uint16_t scale[2 * 3];
   struct quantized_linear linear = {.name = "mlp.up_proj",
@@ -36,43 +36,50 @@ static void write_block(struct store *store, int index, bool grouped) {
                                 .loss_end = grouped ? 0.0625 : NAN,
                                 .kept = "rtn",
                                 .skipped_steps = grouped ? 3 : 0,
+                                .untrained_experts = untrained,
                                 .seconds = 1.5,
                                 .world_size = 2,
                                 .linears = 1,
                                 .linear = &linear};
   struct error error = {0};
-  if (store_write_block(store, &record, &error)) fail_msg("%s", error.message);
+  struct block_image image;
+  if (block_image_make(&image, &record, "test", &error) || store_write_block(store, &image, &error)) fail_msg("%s", error.message);
+  block_image_free(&image);
 }
 
 /* A model of 3 blocks of which 0 and 2 are stored. */
-static int make_store(void **state) {
-  (void)state;
+static int make_store(char *path, int untrained) {
   struct store_info info = {.model_type = "llama", .recipe = "{\"wbits\": 3, \"lwc_lr\": 0.01, \"sampling\": \"random\"}", .blocks = 3};
   struct store *store;
   struct error error = {0};
   info.model_config = "{}";
   memset(info.tokens_sha256, 'a', 64);
-  if (mkdtemp(folder) == NULL || store_create(folder, &info, &store, &error)) return -1;
-  write_block(store, 0, true);
-  write_block(store, 2, false);
+  if (mkdtemp(path) == NULL || store_create(path, &info, &store, &error)) return -1;
+  write_block(store, 0, true, 0);
+  write_block(store, 2, false, untrained);
   return store_close(store, &error);
 }
 
-static int remove_store(void **state) {
+static int make_stores(void **state) {
+  (void)state;
+  return make_store(folder, 0) || make_store(experts, 5);
+}
+
+static int remove_stores(void **state) {
   (void)state;
   char command[100];
-  snprintf(command, sizeof command, "rm -r %s", folder);
+  snprintf(command, sizeof command, "rm -r %s %s", folder, experts);
   return system(command);
 }
 
 /* What inspect prints; freed by the caller. */
-static char *inspected(bool json) {
+static char *inspected(const char *path, bool json) {
   char *text = NULL;
   size_t bytes;
   FILE *terminal = stdout;
   struct error error = {0};
   stdout = open_memstream(&text, &bytes);
-  inspect(folder, json, &error);
+  inspect(path, json, &error);
   fclose(stdout);
   stdout = terminal;
   if (error.code != 0) fail_msg("%s", error.message);
@@ -81,7 +88,7 @@ static char *inspected(bool json) {
 
 static void test_json(void **state) {
   (void)state;
-  char *text = inspected(true);
+  char *text = inspected(folder, true);
   json_t *object = json_loads(text, 0, NULL), *blocks = json_object_get(object, "blocks");
   assert_non_null(object);
   assert_string_equal(json_string_value(json_object_get(object, "model_type")), "llama");
@@ -98,6 +105,8 @@ static void test_json(void **state) {
   assert_true(fabs(json_real_value(json_object_get(object, "bits_a_weight")) - (104 + 64) / 20.0) < 1e-6);
   assert_true(json_real_value(json_object_get(first, "loss_end")) == 0.0625);
   assert_int_equal(json_integer_value(json_object_get(first, "skipped_steps")), 3);
+  assert_true(json_is_integer(json_object_get(first, "untrained_experts")));
+  assert_int_equal(json_integer_value(json_object_get(first, "untrained_experts")), 0);
   assert_int_equal(json_integer_value(json_object_get(second, "index")), 2);
   assert_true(json_is_null(json_object_get(second, "loss_end")));
   assert_string_equal(json_string_value(json_object_get(second, "kept")), "rtn");
@@ -108,7 +117,7 @@ static void test_json(void **state) {
 
 static void test_table(void **state) {
   (void)state;
-  char *text = inspected(false);
+  char *text = inspected(folder, false);
   const char *expected = "model   llama, 3 blocks\n"
                          "recipe  wbits 3  lwc_lr 0.01  sampling random\n"
                          "tokens  SHA-256 aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\n\n"
@@ -120,6 +129,21 @@ static void test_table(void **state) {
   free(text);
 }
 
+/* Experts that were not trained are shown where there are any. */
+static void test_untrained_experts(void **state) {
+  (void)state;
+  char *table = inspected(experts, false), *text = inspected(experts, true);
+  const char *expected = "block   loss rtn loss start   loss end  kept  skipped  untrained experts  bits a weight  seconds\n"
+                         "    0       0.25      0.125     0.0625  rtn         3                  0        10.4000      1.5\n"
+                         "    2       0.25          -          -  rtn         0                  5         6.4000      1.5\n";
+  assert_non_null(strstr(table, expected));
+  json_t *object = json_loads(text, 0, NULL), *second = json_array_get(json_object_get(object, "blocks"), 1);
+  assert_int_equal(json_integer_value(json_object_get(second, "untrained_experts")), 5);
+  json_decref(object);
+  free(table);
+  free(text);
+}
+
 static void test_no_store(void **state) {
   (void)state;
   struct error error = {0};
@@ -128,6 +152,7 @@ static void test_no_store(void **state) {
 }
 
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(test_json), cmocka_unit_test(test_table), cmocka_unit_test(test_no_store)};
-  return cmocka_run_group_tests(tests, make_store, remove_store);
+  const struct CMUnitTest tests[] = {cmocka_unit_test(test_json), cmocka_unit_test(test_table), cmocka_unit_test(test_untrained_experts),
+                                     cmocka_unit_test(test_no_store)};
+  return cmocka_run_group_tests(tests, make_stores, remove_stores);
 }

@@ -8,6 +8,32 @@ static void check_same(struct memory *m, const data *a, const data *b, int64_t c
   assert_memory_equal(fetched_data(m, a, count), fetched_data(m, b, count), (size_t)count * sizeof(float));
 }
 
+/* Results on the host; they have to be the same with any number of threads. */
+static float *result_data(struct memory *d, struct walk *walk, const data *from, int64_t count) {
+  float *values = fetched_data(d, from, count);
+  walk_record(walk, values, (size_t)count * sizeof *values);
+  return values;
+}
+
+static float *result_floats(struct memory *d, struct walk *walk, const float *from, int64_t count) {
+  float *values = fetched_floats(d, from, count);
+  walk_record(walk, values, (size_t)count * sizeof *values);
+  return values;
+}
+
+/* Something to add to, or poison to be overwritten. */
+static data *data_before(struct memory *d, const float *before, int64_t count, bool add) {
+  return add ? device_data(d, before, count) : poisoned_data(d, count);
+}
+
+/* Of what is added to `before`. */
+static struct gradient gradient_added(struct memory *m, const struct gradient *gradient, const float *before) {
+  struct gradient added = *gradient;
+  added.want = host_doubles(m, added.count);
+  for (int64_t i = 0; i < added.count; i++) added.want[i] = gradient->want[i] + before[added.at[i]];
+  return added;
+}
+
 /* ---- linear layers ---- */
 
 struct linear_shape {
@@ -48,9 +74,7 @@ static void check_linear(struct bound *bounds, const struct linear_shape *s, boo
   }
   struct gradient dx_want = central_differences(&m, &operation, in, 0, dy_wide, 300);
   struct gradient dw_want = central_differences(&m, &operation, in, 1, dy_wide, 300);
-  struct gradient dx_added = dx_want;
-  dx_added.want = host_doubles(&m, dx_want.count);
-  for (int64_t i = 0; i < dx_want.count; i++) dx_added.want[i] = dx_want.want[i] + dx_before[dx_want.at[i]];
+  struct gradient dx_added = gradient_added(&m, &dx_want, dx_before);
   for (struct walk walk = {0}; walk_next(&walk);) {
     struct kernels *k = walk.k;
     struct memory d = {.k = k};
@@ -93,54 +117,140 @@ static void linear_layers(void **context) {
   bound_print(bounds, 3);
 }
 
-/* ---- norms ---- */
+/* ---- products with one vector ---- */
 
-struct norm_shape {
-  int64_t rows, columns;
-  double eps;
-};
-
-static void rmsnorm(double *y, double *const *in, const void *shape) { /* in: x, w */
-  const struct norm_shape *s = shape;
+static void matrix_vector(double *y, double *const *in, const void *shape) { /* in: w, x */
+  const struct linear_shape *s = shape;
   for (int64_t r = 0; r < s->rows; r++) {
-    const double *x = in[0] + r * s->columns;
-    double squares = 0;
-    for (int64_t c = 0; c < s->columns; c++) squares += x[c] * x[c];
-    for (int64_t c = 0; c < s->columns; c++) y[r * s->columns + c] = x[c] / sqrt(squares / (double)s->columns + s->eps) * in[1][c];
+    y[r] = 0;
+    for (int64_t c = 0; c < s->columns; c++) y[r] += in[0][r * s->columns + c] * in[1][c];
   }
 }
 
-static void check_norm(struct bound *bounds, const struct norm_shape *s, double size) {
+/* vector_matrix is the gradient of matrix_vector by its vector. */
+static void check_vectors(struct bound *bounds, const struct linear_shape *s) {
   struct memory m = {0};
-  uint64_t state = 2;
+  uint64_t state = 13;
   int64_t n = s->rows * s->columns;
-  size_t bytes = (size_t)n * sizeof(float);
-  float eps = (float)s->eps, *x = random_floats(&m, &state, n), *w = random_floats(&m, &state, s->columns);
-  float *dy = random_floats(&m, &state, n), *before = random_floats(&m, &state, n);
-  for (int64_t i = 0; i < n; i++) x[i] *= (float)size;
-  struct operation operation = {rmsnorm, s, n, {n, s->columns}};
-  double *in[] = {widened(&m, x, n), widened(&m, w, s->columns)}, *want = host_doubles(&m, n), *dy_wide = widened(&m, dy, n);
-  rmsnorm(want, in, s);
-  struct gradient dx_want = central_differences(&m, &operation, in, 0, dy_wide, 400), dx_added = dx_want;
-  dx_added.want = host_doubles(&m, dx_want.count);
-  for (int64_t i = 0; i < dx_want.count; i++) dx_added.want[i] = dx_want.want[i] + before[dx_want.at[i]];
+  struct operation operation = {matrix_vector, s, s->rows, {n, s->columns}};
+  float *w = random_floats(&m, &state, n), *x = random_floats(&m, &state, s->columns), *dy = random_floats(&m, &state, s->rows);
+  float *before = random_floats(&m, &state, s->columns);
+  double *in[] = {widened(&m, w, n), widened(&m, x, s->columns)}, *want = host_doubles(&m, s->rows);
+  matrix_vector(want, in, s);
+  struct gradient dx_want = central_differences(&m, &operation, in, 1, widened(&m, dy, s->rows), s->columns);
+  dx_want = gradient_added(&m, &dx_want, before);
   for (struct walk walk = {0}; walk_next(&walk);) {
     struct kernels *k = walk.k;
     struct memory d = {.k = k};
-    data *dev_x = device_data(&d, x, n), *in_place = device_data(&d, x, n), *dev_w = device_data(&d, w, s->columns),
-         *y = poisoned_data(&d, n);
-    k->rmsnorm_forward(k, y, dev_x, dev_w, s->rows, s->columns, eps);
-    bound_check(&bounds[0], peak_error(fetched_data(&d, y, n), want, n), walk.name);
-    k->rmsnorm_forward(k, in_place, in_place, dev_w, s->rows, s->columns, eps);
-    check_same(&d, y, in_place, n);
-    data *dev_dy = device_data(&d, dy, n), *dx = poisoned_data(&d, n), *added = device_data(&d, before, n);
-    k->rmsnorm_backward(k, dx, dev_dy, dev_x, dev_w, s->rows, s->columns, eps, false);
-    bound_check(&bounds[1], gradient_error(&d, &dx_want, fetched_data(&d, dx, n), n), walk.name);
-    k->rmsnorm_backward(k, added, dev_dy, dev_x, dev_w, s->rows, s->columns, eps, true);
-    bound_check(&bounds[1], gradient_error(&d, &dx_added, fetched_data(&d, added, n), n), walk.name);
-    assert_memory_equal(fetched_data(&d, dev_x, n), x, bytes);
-    k->rmsnorm_backward(k, dev_dy, dev_dy, dev_x, dev_w, s->rows, s->columns, eps, false);
-    check_same(&d, dx, dev_dy, n);
+    data *dev_w = device_data(&d, w, n);
+    float *dev_x = device_floats(&d, x, s->columns), *dev_dy = device_floats(&d, dy, s->rows);
+    for (int run = 0; run < 2; run++) {
+      static float *first[2];
+      float *y = poisoned_floats(&d, s->rows), *dx = device_floats(&d, before, s->columns);
+      k->matrix_vector(k, y, dev_w, dev_x, s->rows, s->columns);
+      k->vector_matrix(k, dx, dev_dy, dev_w, s->rows, s->columns);
+      float *got[] = {result_floats(&d, &walk, y, s->rows), result_floats(&d, &walk, dx, s->columns)};
+      bound_check(&bounds[0], peak_error(got[0], want, s->rows), walk.name);
+      bound_check(&bounds[1], gradient_error(&d, &dx_want, got[1], s->columns), walk.name);
+      if (run) assert_memory_equal(got[0], first[0], (size_t)s->rows * sizeof(float));
+      if (run) assert_memory_equal(got[1], first[1], (size_t)s->columns * sizeof(float));
+      first[0] = got[0], first[1] = got[1];
+    }
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+static void products_with_a_vector(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"matrix_vector", 3e-6, 0}, {"vector_matrix", 3e-6, 0}};
+  const struct linear_shape shapes[] = {{0, 1, 1}, {0, 33, 7}, {0, 130, 600}, {0, 600, 17}, {0, 5, 0}};
+  for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_vectors(bounds, &shapes[i]);
+  bound_print(bounds, 2);
+}
+
+/* ---- norms ---- */
+
+static void norm(double *y, double *const *in, const void *shape) { /* in: x, w, b */
+  const struct norm_shape *s = shape;
+  for (int64_t r = 0; r < s->rows; r++) {
+    const double *x = in[0] + r * s->columns;
+    double mean = 0, squares = 0;
+    for (int64_t c = 0; c < s->columns && s->centered; c++) mean += x[c] / (double)s->columns;
+    for (int64_t c = 0; c < s->columns; c++) squares += (x[c] - mean) * (x[c] - mean);
+    for (int64_t c = 0; c < s->columns; c++)
+      y[r * s->columns + c] = (x[c] - mean) / sqrt(squares / (double)s->columns + s->eps) * in[1][c] + in[2][c];
+  }
+}
+
+/* What is wanted of norm_backward, and where dx goes. */
+struct norm_parts {
+  bool dx, add, in_place, dw, db;
+};
+
+static void check_norm(struct bound *bounds, const struct norm_shape *s, double size, double offset) {
+  static const struct norm_parts parts[] = {{.dx = true, .dw = true, .db = true},
+                                            {.dx = true, .dw = true, .db = true},
+                                            {.dx = true, .add = true, .dw = true, .db = true},
+                                            {.dx = true},
+                                            {.dx = true, .add = true},
+                                            {.dx = true, .in_place = true},
+                                            {.dx = true, .in_place = true, .dw = true, .db = true},
+                                            {.dw = true, .db = true},
+                                            {.dw = true},
+                                            {.db = true, .dx = true}};
+  struct memory m = {0};
+  uint64_t state = 2;
+  int64_t C = s->columns, n = s->rows * C;
+  float *x = random_floats(&m, &state, n), *w = random_floats(&m, &state, C), *b = random_floats(&m, &state, C);
+  float *dy = random_floats(&m, &state, n), *before = random_floats(&m, &state, n);
+  for (int64_t i = 0; i < n; i++) x[i] = (float)(x[i] * size + offset);
+  struct operation operation = {norm, s, n, {n, C, C}};
+  double *in[] = {widened(&m, x, n), widened(&m, w, C), host_doubles(&m, C)}, *want[] = {host_doubles(&m, n), host_doubles(&m, n)};
+  double *dy_wide = widened(&m, dy, n);
+  norm(want[0], in, s);
+  for (int64_t c = 0; c < C; c++) in[2][c] = b[c];
+  norm(want[1], in, s);
+  struct gradient dx_want = central_differences(&m, &operation, in, 0, dy_wide, 400), dx_added = gradient_added(&m, &dx_want, before);
+  struct gradient dw_want = central_differences(&m, &operation, in, 1, dy_wide, 50);
+  struct gradient db_want = central_differences(&m, &operation, in, 2, dy_wide, 50);
+  bool still = s->centered && C == 1; /* x - mean(x) is 0 whatever x is, and dx but for rounding */
+  float *zero = host_floats(&m, n);
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct kernels *k = walk.k;
+    struct memory d = {.k = k};
+    data *dev_x = device_data(&d, x, n), *dev_w = device_data(&d, w, C), *dev_b = device_data(&d, b, C);
+    for (int bias = 0; bias < 2; bias++) {
+      data *y = poisoned_data(&d, n), *in_place = device_data(&d, x, n);
+      k->norm_forward(k, y, dev_x, dev_w, bias ? dev_b : NULL, s);
+      bound_check(&bounds[0], peak_error(result_data(&d, &walk, y, n), want[bias], n), walk.name);
+      k->norm_forward(k, in_place, in_place, dev_w, bias ? dev_b : NULL, s);
+      check_same(&d, y, in_place, n);
+    }
+    data *first[2] = {NULL, NULL}; /* dx assigned, and added */
+    float *first_dw = NULL, *first_db = NULL;
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+      const struct norm_parts *p = &parts[i];
+      data *dev_dy = device_data(&d, dy, n), *dx = !p->dx ? NULL : p->in_place ? dev_dy : data_before(&d, before, n, p->add);
+      float *dw = p->dw ? poisoned_floats(&d, C) : NULL, *db = p->db ? poisoned_floats(&d, C) : NULL;
+      k->norm_backward(k, dx, dw, db, dev_dy, dev_x, dev_w, s, p->add);
+      if (dx && !first[p->add]) {
+        first[p->add] = dx;
+        float *got = result_data(&d, &walk, dx, n);
+        double error = still ? absolute_error(got, p->add ? before : zero, n) : gradient_error(&d, p->add ? &dx_added : &dx_want, got, n);
+        bound_check(&bounds[1], error, walk.name);
+      }
+      if (i == 0) {
+        first_dw = result_floats(&d, &walk, dw, C);
+        first_db = result_floats(&d, &walk, db, C);
+        bound_check(&bounds[2], gradient_error(&d, &dw_want, first_dw, C), walk.name);
+        bound_check(&bounds[2], gradient_error(&d, &db_want, first_db, C), walk.name);
+      }
+      if (dx) check_same(&d, dx, first[p->add], n);
+      if (dw) assert_memory_equal(fetched_floats(&d, dw, C), first_dw, (size_t)C * sizeof(float));
+      if (db) assert_memory_equal(fetched_floats(&d, db, C), first_db, (size_t)C * sizeof(float));
+    }
+    assert_memory_equal(fetched_data(&d, dev_x, n), x, (size_t)n * sizeof(float));
     memory_free(&d);
   }
   memory_free(&m);
@@ -148,34 +258,74 @@ static void check_norm(struct bound *bounds, const struct norm_shape *s, double 
 
 static void norms(void **context) {
   (void)context;
-  struct bound bounds[] = {{"rmsnorm_forward", 3e-6, 0}, {"rmsnorm_backward", 5e-6, 0}};
-  const struct norm_shape shapes[] = {{1, 1, 1e-1}, {7, 37, 1e-5}, {3, 130, 1e-6}, {40, 16, 1e-6}};
-  for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_norm(bounds, &shapes[i], 1);
-  check_norm(bounds, &(struct norm_shape){5, 64, 1e-2}, 0.1); /* eps as large as what it is added to */
-  bound_print(bounds, 2);
+  struct bound bounds[] = {{"norm_forward", 3e-6, 0}, {"norm_backward dx", 5e-6, 0}, {"norm_backward dw, db", 5e-6, 0}};
+  struct bound far[] = {
+      {"norm_forward far from 0", 1e-3, 0}, {"norm_backward dx far from 0", 1e-3, 0}, {"norm_backward dw, db far from 0", 1e-3, 0}};
+  for (int centered = 0; centered < 2; centered++) {
+    const struct norm_shape shapes[] = {{1, 1, 1e-1f, centered},  {7, 37, 1e-5f, centered},  {3, 130, 1e-6f, centered},
+                                        {1, 64, 1e-5f, centered}, {40, 16, 1e-6f, centered}, {600, 12, 1e-5f, centered}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) check_norm(bounds, &shapes[i], 1, 0);
+    check_norm(bounds, &(struct norm_shape){5, 64, 1e-2f, centered}, 0.1, 0); /* eps as large as what it is added to */
+  }
+  check_norm(far, &(struct norm_shape){5, 96, 1e-5f, true}, 1, 1000); /* mean(x^2) - mean^2 would be off by some hundredths */
+  bound_print(bounds, 3);
+  bound_print(far, 3);
 }
 
-static void column_sums_of_squares(void **context) {
-  (void)context;
-  struct bound bound = {"column_squares", 3e-6, 0};
+/* ---- by columns ---- */
+
+static void check_columns(struct bound *bounds, int64_t rows, int64_t columns) {
   struct memory m = {0};
   uint64_t state = 3;
-  int64_t rows = 33, columns = 131;
+  const float weight = 0.3f;
   float *x = random_floats(&m, &state, rows * columns), *before = random_floats(&m, &state, columns);
-  double *want = widened(&m, before, columns);
-  for (int64_t i = 0; i < rows * columns; i++) want[i % columns] += (double)x[i] * x[i];
+  float *absmax_before = host_floats(&m, columns), *absmax = host_floats(&m, columns);
+  double *squares = widened(&m, before, columns), *sums = host_doubles(&m, columns), *middle = host_doubles(&m, columns);
+  for (int64_t c = 0; c < columns; c++) {
+    float high = rows ? x[c] : 0, low = high;
+    absmax[c] = absmax_before[c] = c % 3 ? fabsf(before[c]) : 9; /* some are large already */
+    for (int64_t i = c; i < rows * columns; i += columns) {
+      sums[c] += x[i];
+      squares[c] += (double)x[i] * x[i];
+      absmax[c] = fmaxf(absmax[c], fabsf(x[i]));
+      high = fmaxf(high, x[i]);
+      low = fminf(low, x[i]);
+    }
+    middle[c] = weight * ((double)high + low) / 2;
+  }
   for (struct walk walk = {0}; walk_next(&walk);) {
-    struct memory d = {.k = walk.k};
+    struct kernels *k = walk.k;
+    struct memory d = {.k = k};
     data *dev_x = device_data(&d, x, rows * columns);
-    float *sums[] = {device_floats(&d, before, columns), device_floats(&d, before, columns)};
-    for (int run = 0; run < 2; run++) walk.k->column_squares(walk.k, sums[run], dev_x, rows, columns);
-    float *got = fetched_floats(&d, sums[0], columns);
-    bound_check(&bound, peak_error(got, want, columns), walk.name);
-    assert_memory_equal(got, fetched_floats(&d, sums[1], columns), (size_t)columns * sizeof *got);
+    for (int run = 0; run < 2; run++) {
+      static float *first[4];
+      float *to[] = {poisoned_floats(&d, columns), device_floats(&d, before, columns), device_floats(&d, absmax_before, columns),
+                     poisoned_floats(&d, columns)};
+      k->column_sums(k, to[0], dev_x, rows, columns);
+      k->column_squares(k, to[1], dev_x, rows, columns);
+      k->column_range(k, to[2], run ? NULL : to[3], weight, dev_x, rows, columns);
+      if (run) k->column_range(k, NULL, to[3], weight, dev_x, rows, columns);
+      for (int i = 0; i < 4; i++) {
+        float *got = result_floats(&d, &walk, to[i], columns);
+        if (run) assert_memory_equal(got, first[i], (size_t)columns * sizeof *got);
+        first[i] = got;
+      }
+      bound_check(&bounds[0], peak_error(first[0], sums, columns), walk.name);
+      bound_check(&bounds[1], peak_error(first[1], squares, columns), walk.name);
+      assert_memory_equal(first[2], absmax, (size_t)columns * sizeof *absmax);
+      bound_check(&bounds[2], peak_error(first[3], middle, columns), walk.name);
+    }
     memory_free(&d);
   }
   memory_free(&m);
-  bound_print(&bound, 1);
+}
+
+static void sums_and_ranges_of_columns(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"column_sums", 3e-6, 0}, {"column_squares", 3e-6, 0}, {"column_range middle", 1e-6, 0}};
+  const int64_t rows[] = {0, 1, 9, 33, 600}, columns[] = {1, 64, 131};
+  for (int i = 0; i < 5 * 3; i++) check_columns(bounds, rows[i / 3], columns[i % 3]);
+  bound_print(bounds, 3);
 }
 
 /* ---- positions ---- */
@@ -377,6 +527,384 @@ static void gated_activation(void **context) {
   bound_print(bounds, 2);
 }
 
+/* Phi, the part of the normal distribution below x. */
+static double normal(double x) {
+  return 0.5 * erfc(-x * M_SQRT1_2);
+}
+
+/* Of a value or slope, over the size of what it is the sum of; below -8, where GELU is under 1e-14, over that. */
+static double gelu_error(double got, double want, double size, double x) {
+  return isfinite(got) ? fabs(got - want) / (x >= -8 ? size : 1e-14) : INFINITY;
+}
+
+static void plain_activations(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"gelu above -1 (relative)", 1e-6, 0},
+                           {"gelu down to -8 (relative)", 2e-5, 0},
+                           {"slope of gelu above -1 (of its terms)", 1e-6, 0},
+                           {"slope of gelu down to -8 (of its terms)", 2e-5, 0}};
+  struct memory m = {0};
+  uint64_t state = 14;
+  enum { N = 2567, TYPES = 2 };
+  static const enum activation types[TYPES] = {ACTIVATION_RELU, ACTIVATION_GELU};
+  float *x = host_floats(&m, N), *dy = random_floats(&m, &state, N);
+  for (int i = 0; i < N; i++) x[i] = (float)(i - 1280) / 64 + (i % 2 ? 1e-3f * dy[i] : 0); /* -20 .. 20, zero among them */
+  x[0] = 1e-30f, x[1] = -1e-30f, x[2] = -0.0f, x[3] = 300, x[4] = -300;
+  assert_true(x[1280] == 0);
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct kernels *k = walk.k;
+    struct memory d = {.k = k};
+    data *dev_x = device_data(&d, x, N);
+    float *got[TYPES][2];
+    for (int type = 0; type < TYPES; type++) {
+      data *y[] = {poisoned_data(&d, N), device_data(&d, x, N)}, *dev_dy = device_data(&d, dy, N), *dx[] = {poisoned_data(&d, N), dev_dy};
+      for (int run = 0; run < 2; run++) { /* the second in place */
+        k->activation_forward(k, y[run], run ? y[run] : dev_x, types[type], N);
+        k->activation_backward(k, dx[run], dev_dy, dev_x, types[type], N);
+      }
+      check_same(&d, y[0], y[1], N);
+      check_same(&d, dx[0], dx[1], N);
+      got[type][0] = result_data(&d, &walk, y[0], N);
+      got[type][1] = result_data(&d, &walk, dx[0], N);
+    }
+    for (int i = 0; i < N; i++) {
+      double density = exp(-0.5 * (double)x[i] * x[i]) / sqrt(2 * M_PI), phi = normal(x[i]), value = x[i] * phi;
+      double slope = dy[i] * (phi + x[i] * density), terms = fabs(dy[i]) * (phi + fabs(x[i]) * density);
+      assert_true(got[0][0][i] == (x[i] > 0 ? x[i] : 0));
+      assert_true(got[0][1][i] == (x[i] > 0 ? dy[i] : 0));
+      if (x[i] == 0) assert_true(got[1][0][i] == 0);
+      if (x[i] != 0) bound_check(&bounds[x[i] < -1], gelu_error(got[1][0][i], value, fabs(value), x[i]), walk.name);
+      bound_check(&bounds[2 + (x[i] < -1)], gelu_error(got[1][1][i], slope, terms, x[i]), walk.name);
+    }
+    memory_free(&d);
+  }
+  memory_free(&m);
+  bound_print(bounds, 4);
+}
+
+/* ---- experts ---- */
+
+/* A routing on the host, by the plainest loops. */
+static struct routing routing_of(struct memory *m, const float *logits, int tokens, int experts, int top) {
+  int64_t rows = (int64_t)tokens * top;
+  struct routing r = {
+      tokens, experts, top, host(m, rows, 4), host(m, rows, 4), host(m, rows, 4), host(m, rows, 4), host(m, experts + 1, 4)};
+  bool *taken = host(m, experts, sizeof *taken);
+  for (int t = 0; t < tokens; t++) {
+    const float *row = logits + t * experts;
+    memset(taken, 0, (size_t)experts * sizeof *taken);
+    for (int i = 0; i < top; i++) {
+      int best = -1;
+      for (int e = 0; e < experts; e++)
+        if (!taken[e] && (best < 0 || row[e] > row[best])) best = e;
+      taken[best] = true;
+      r.expert[t * top + i] = best;
+    }
+  }
+  int32_t next = 0;
+  for (int e = 0; e < experts; e++) {
+    r.offset[e] = next;
+    for (int i = 0; i < rows; i++)
+      if (r.expert[i] == e) {
+        r.token[next] = i / top;
+        r.row[i] = next++;
+      }
+  }
+  r.offset[experts] = next;
+  return r;
+}
+
+/* Shares of the chosen experts by a softmax over all. */
+static void route(double *weight, double *const *in, const void *shape) { /* in: logits */
+  const struct routing *r = shape;
+  for (int t = 0; t < r->tokens; t++) {
+    const double *row = in[0] + t * r->experts;
+    double largest = row[0], sum = 0, chosen = 0;
+    for (int e = 0; e < r->experts; e++) largest = fmax(largest, row[e]);
+    for (int e = 0; e < r->experts; e++) sum += exp(row[e] - largest);
+    for (int i = 0; i < r->top; i++) chosen += weight[t * r->top + i] = exp(row[r->expert[t * r->top + i]] - largest) / sum;
+    for (int i = 0; i < r->top; i++) weight[t * r->top + i] /= chosen;
+  }
+}
+
+struct combination {
+  struct routing routing;
+  int64_t columns;
+};
+
+static void combine(double *y, double *const *in, const void *shape) { /* in: x, weight, what it is added to */
+  const struct combination *s = shape;
+  for (int64_t t = 0; t < s->routing.tokens; t++)
+    for (int64_t c = 0; c < s->columns; c++) {
+      y[t * s->columns + c] = in[2][t * s->columns + c];
+      for (int64_t i = t * s->routing.top; i < (t + 1) * s->routing.top; i++)
+        y[t * s->columns + c] += in[1][i] * in[0][s->routing.row[i] * s->columns + c];
+    }
+}
+
+/* Random logits; every second token has ties, some one expert that outweighs all, and the last expert gets no token that has a choice. */
+static float *routing_logits(struct memory *m, uint64_t *state, int tokens, int experts, int top) {
+  float *logits = random_floats(m, state, (int64_t)tokens * experts);
+  for (int t = 0; t < tokens; t++) {
+    float *row = logits + t * experts;
+    for (int e = 0; e < experts && t % 4 == 1; e++) row[e] = 0.5f;
+    if (t % 4 == 3) row[experts / 2] = row[0] = 4;
+    if (t % 8 == 4) row[t % experts] = 60;
+    if (experts > top && t % 4 != 1) row[experts - 1] = -30;
+  }
+  return logits;
+}
+
+static struct routing device_routing(struct memory *d, int tokens, int experts, int top) {
+  size_t bytes = (size_t)tokens * (size_t)top * 4;
+  return (struct routing){tokens,
+                          experts,
+                          top,
+                          poisoned_bytes(d, bytes),
+                          poisoned_bytes(d, bytes),
+                          poisoned_bytes(d, bytes),
+                          poisoned_bytes(d, bytes),
+                          poisoned_bytes(d, ((size_t)experts + 1) * 4)};
+}
+
+static void check_same_routing(struct memory *d, const struct routing *got, const struct routing *want) {
+  size_t bytes = (size_t)want->tokens * (size_t)want->top * 4;
+  assert_memory_equal(fetched_bytes(d, got->expert, bytes), want->expert, bytes);
+  assert_memory_equal(fetched_bytes(d, got->row, bytes), want->row, bytes);
+  assert_memory_equal(fetched_bytes(d, got->token, bytes), want->token, bytes);
+  assert_memory_equal(fetched_bytes(d, got->offset, ((size_t)want->experts + 1) * 4), want->offset, ((size_t)want->experts + 1) * 4);
+}
+
+static void check_experts(struct bound *bounds, int tokens, int experts, int top, int64_t columns) {
+  struct memory m = {0};
+  uint64_t state = 15;
+  int64_t rows = (int64_t)tokens * top, nl = (int64_t)tokens * experts, nx = rows * columns, ny = tokens * columns;
+  float *logits = routing_logits(&m, &state, tokens, experts, top), *dweight = random_floats(&m, &state, rows);
+  float *x = random_floats(&m, &state, nx), *y_before = random_floats(&m, &state, ny), *dy = random_floats(&m, &state, ny);
+  struct combination s = {routing_of(&m, logits, tokens, experts, top), columns};
+  struct operation routed = {route, &s.routing, rows, {nl}}, combined = {combine, &s, ny, {nx, rows, ny}};
+  double *in[] = {widened(&m, logits, nl)}, *weight = host_doubles(&m, rows), *y_want = host_doubles(&m, ny);
+  route(weight, in, &s.routing);
+  double *parts[] = {widened(&m, x, nx), weight, widened(&m, y_before, ny)}, *dy_wide = widened(&m, dy, ny);
+  combine(y_want, parts, &s);
+  struct gradient dlogits_want = central_differences(&m, &routed, in, 0, widened(&m, dweight, rows), 400);
+  struct gradient dx_want = central_differences(&m, &combined, parts, 0, dy_wide, 200);
+  struct gradient dweight_want = central_differences(&m, &combined, parts, 1, dy_wide, 200);
+  double *gathered_back[] = {host_doubles(&m, ny), widened(&m, y_before, ny)}; /* assigned, added */
+  for (int64_t i = 0; i < 2 * nx; i++) gathered_back[i % 2][s.routing.token[i / 2 / columns] * columns + i / 2 % columns] += x[i / 2];
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct kernels *k = walk.k;
+    struct memory d = {.k = k};
+    data *dev_logits = device_data(&d, logits, nl), *dev_x = device_data(&d, x, nx), *dev_dy = device_data(&d, dy, ny);
+    float *dev_dweight = device_floats(&d, dweight, rows);
+    for (int run = 0; run < 2; run++) {
+      static data *first[4];
+      static float *first_weight, *first_dweight;
+      struct routing r = device_routing(&d, tokens, experts, top);
+      k->route_forward(k, &r, dev_logits);
+      check_same_routing(&d, &r, &s.routing);
+      float *got = result_floats(&d, &walk, r.weight, rows);
+      bound_check(&bounds[0], peak_error(got, weight, rows), walk.name);
+      data *dlogits = poisoned_data(&d, nl), *gathered = poisoned_data(&d, nx), *dx = poisoned_data(&d, nx);
+      k->route_backward(k, dlogits, dev_dweight, dev_logits, &r);
+      bound_check(&bounds[1], gradient_error(&d, &dlogits_want, result_data(&d, &walk, dlogits, nl), nl), walk.name);
+      k->gather_rows(k, gathered, dev_dy, &r, columns);
+      float *rows_got = fetched_data(&d, gathered, nx);
+      for (int64_t i = 0; i < nx; i++) assert_true(rows_got[i] == dy[s.routing.token[i / columns] * columns + i % columns]);
+      for (int add = 0; add < 2; add++) {
+        data *back = data_before(&d, y_before, ny, add);
+        k->gather_rows_backward(k, back, dev_x, &r, columns, add);
+        bound_check(&bounds[2], peak_error(result_data(&d, &walk, back, ny), gathered_back[add], ny), walk.name);
+      }
+      data *y = device_data(&d, y_before, ny);
+      float *dev_got = poisoned_floats(&d, rows);
+      k->combine_forward(k, y, dev_x, &r, columns);
+      bound_check(&bounds[3], peak_error(result_data(&d, &walk, y, ny), y_want, ny), walk.name);
+      k->combine_backward(k, dx, dev_got, dev_dy, dev_x, &r, columns);
+      bound_check(&bounds[4], gradient_error(&d, &dx_want, result_data(&d, &walk, dx, nx), nx), walk.name);
+      float *dweight_got = result_floats(&d, &walk, dev_got, rows);
+      bound_check(&bounds[4], gradient_error(&d, &dweight_want, dweight_got, rows), walk.name);
+      data *made[] = {dlogits, gathered, y, dx};
+      int64_t counts[] = {nl, nx, ny, nx};
+      for (int i = 0; i < 4; i++) {
+        if (run) check_same(&d, made[i], first[i], counts[i]);
+        first[i] = made[i];
+      }
+      if (run) assert_memory_equal(got, first_weight, (size_t)rows * sizeof *got);
+      if (run) assert_memory_equal(dweight_got, first_dweight, (size_t)rows * sizeof *got);
+      first_weight = got, first_dweight = dweight_got;
+    }
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+static void mixture_of_experts(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"route_forward weight", 1e-6, 0},
+                           {"route_backward", 2e-6, 0},
+                           {"gather_rows_backward", 1e-6, 0},
+                           {"combine_forward", 2e-6, 0},
+                           {"combine_backward", 3e-6, 0}};
+  const struct {
+    int tokens, experts, top;
+    int64_t columns;
+  } sizes[] = {{1, 1, 1, 1}, {1, 8, 2, 37}, {13, 8, 2, 33}, {40, 5, 1, 7}, {33, 3, 3, 16}, {0, 4, 2, 5}, {200, 16, 4, 10}};
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+    check_experts(bounds, sizes[i].tokens, sizes[i].experts, sizes[i].top, sizes[i].columns);
+  bound_print(bounds, 5);
+}
+
+/* ---- LET ---- */
+
+static void scales_of_channels(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"expand", 1e-7, 0}, {"expand_backward", 1e-6, 0}};
+  const struct {
+    struct channel_map map;
+    int heads;
+  } cases[] = {{{37, 1, 37}, 1}, {{8, 1, 8}, 6}, {{8, 3, 8}, 6}, {{8, 1, 4}, 6}, {{8, 3, 4}, 6}, {{64, 8, 32}, 8}, {{1, 1, 1}, 1}};
+  const float signs[] = {1, -1};
+  for (size_t i = 0; i < sizeof cases / sizeof *cases * 4; i++) {
+    struct memory m = {0};
+    uint64_t state = i;
+    const struct channel_map *map = &cases[i / 4].map;
+    bool inverse = i % 2;
+    float sign = signs[i / 2 % 2];
+    int64_t count = (int64_t)cases[i / 4].heads * map->head_size, entries = (int64_t)cases[i / 4].heads / map->share * map->period;
+    float *s = host_floats(&m, entries), *before = random_floats(&m, &state, entries), *dto = random_floats(&m, &state, count);
+    double *to = host_doubles(&m, count), *ds = widened(&m, before, entries);
+    for (int64_t j = 0; j < entries; j++) s[j] = (float)(0.3 + random_uniform(&state));
+    for (int head = 0, c = 0; head < cases[i / 4].heads; head++)
+      for (int channel = 0; channel < map->head_size; channel++, c++) {
+        int group = head / map->share, entry = group * map->period + (channel < map->period ? channel : channel - map->period);
+        to[c] = inverse ? 1.0 / s[entry] : s[entry];
+        ds[entry] += sign * dto[c] * (inverse ? -1.0 / ((double)s[entry] * s[entry]) : 1);
+      }
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      struct kernels *k = walk.k;
+      struct memory d = {.k = k};
+      float *dev_s = device_floats(&d, s, entries), *dev_dto = device_floats(&d, dto, count), *first = NULL;
+      for (int run = 0; run < 2; run++) {
+        float *got = poisoned_floats(&d, count), *slope = device_floats(&d, before, entries);
+        k->expand(k, got, dev_s, map, count, inverse);
+        bound_check(&bounds[0], peak_error(result_floats(&d, &walk, got, count), to, count), walk.name);
+        k->expand_backward(k, slope, dev_dto, inverse ? dev_s : NULL, map, count, inverse, sign);
+        slope = result_floats(&d, &walk, slope, entries);
+        bound_check(&bounds[1], peak_error(slope, ds, entries), walk.name);
+        if (run) assert_memory_equal(slope, first, (size_t)entries * sizeof *slope);
+        first = slope;
+      }
+      memory_free(&d);
+    }
+    memory_free(&m);
+  }
+  bound_print(bounds, 2);
+}
+
+struct scaled_shape {
+  int64_t rows, columns;
+  const double *w;
+};
+
+static void scale(double *to, double *const *in, const void *shape) { /* in: row, column */
+  const struct scaled_shape *s = shape;
+  for (int64_t i = 0; i < s->rows * s->columns; i++) to[i] = s->w[i] * in[0][i / s->columns] * in[1][i % s->columns];
+}
+
+static void check_scale(struct bound *bounds, int64_t R, int64_t C, int which) { /* bit 0: rows, bit 1: columns; 4: no scales at all */
+  struct memory m = {0};
+  uint64_t state = 16;
+  int64_t n = R * C;
+  size_t row_bytes = (size_t)R * sizeof(float), column_bytes = (size_t)C * sizeof(float);
+  float *w = random_floats(&m, &state, n), *dto = random_floats(&m, &state, n), *to = host_floats(&m, n);
+  float *row = random_floats(&m, &state, R), *column = random_floats(&m, &state, C);
+  struct scaled_shape shape = {R, C, widened(&m, w, n)};
+  for (int64_t r = 0; r < R && !(which & 1); r++) row[r] = 1;
+  for (int64_t c = 0; c < C && !(which & 2); c++) column[c] = 1;
+  for (int64_t i = 0; i < n; i++) {
+    float scaled = w[i] * row[i / C]; /* in this order */
+    to[i] = scaled * column[i % C];
+  }
+  struct operation operation = {scale, &shape, n, {R, C}};
+  double *in[] = {widened(&m, row, R), widened(&m, column, C)}, *dto_wide = widened(&m, dto, n);
+  struct gradient drow_want = central_differences(&m, &operation, in, 0, dto_wide, 50);
+  struct gradient dcolumn_want = central_differences(&m, &operation, in, 1, dto_wide, 50);
+  for (struct walk walk = {0}; walk_next(&walk);) {
+    struct kernels *k = walk.k;
+    struct memory d = {.k = k};
+    struct weight_scales scales = {which & 1 ? device_floats(&d, row, R) : NULL, which & 2 ? device_floats(&d, column, C) : NULL};
+    struct weight_scales *let = which == 4 ? NULL : &scales;
+    data *dev_w = device_data(&d, w, n), *dev_dto = device_data(&d, dto, n), *got = poisoned_data(&d, n);
+    k->scale_weight(k, got, dev_w, let, R, C);
+    assert_memory_equal(fetched_data(&d, got, n), to, (size_t)n * sizeof *to);
+    float *first[2] = {NULL, NULL};
+    for (int part = 3; part >= 0; part--) { /* both, one of them, none */
+      float *drow = part & 1 ? poisoned_floats(&d, R) : NULL, *dcolumn = part & 2 ? poisoned_floats(&d, C) : NULL;
+      k->scale_weight_backward(k, drow, dcolumn, dev_dto, dev_w, let, R, C);
+      drow = drow ? result_floats(&d, &walk, drow, R) : NULL;
+      dcolumn = dcolumn ? result_floats(&d, &walk, dcolumn, C) : NULL;
+      if (part == 3) first[0] = drow, first[1] = dcolumn;
+      if (drow) assert_memory_equal(drow, first[0], row_bytes);
+      if (dcolumn) assert_memory_equal(dcolumn, first[1], column_bytes);
+    }
+    bound_check(&bounds[0], gradient_error(&d, &drow_want, first[0], R), walk.name);
+    bound_check(&bounds[1], gradient_error(&d, &dcolumn_want, first[1], C), walk.name);
+    memory_free(&d);
+  }
+  memory_free(&m);
+}
+
+static void scaled_weights(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"scale_weight_backward drow", 3e-6, 0}, {"scale_weight_backward dcolumn", 3e-6, 0}};
+  const struct { int64_t rows, columns; } sizes[] = {{1, 1}, {9, 37}, {600, 19}, {3, 130}};
+  for (int i = 0; i < 4 * 5; i++) check_scale(bounds, sizes[i / 5].rows, sizes[i / 5].columns, i % 5);
+  bound_print(bounds, 2);
+}
+
+static void folded_vectors(void **context) {
+  (void)context;
+  struct bound bounds[] = {{"fold_vector", 3e-7, 0}, {"fold_vector_backward dinner", 1e-7, 0}, {"fold_vector_backward dscale", 1e-6, 0}};
+  enum { N = 203 };
+  for (int which = 0; which < 8; which++) { /* bits: plus, shift, scale */
+    struct memory m = {0};
+    uint64_t state = 17;
+    float *from = random_floats(&m, &state, N), *dto = random_floats(&m, &state, N), *before = random_floats(&m, &state, N);
+    float *part[3]; /* plus, shift, scale */
+    double *to = host_doubles(&m, N), *dinner = host_doubles(&m, N), *dscale = host_doubles(&m, N);
+    for (int i = 0; i < 3; i++) part[i] = random_floats(&m, &state, N);
+    for (int i = 0; i < N; i++) {
+      double bracket = from[i], scale = which & 4 ? part[2][i] : 1;
+      if (which & 1) bracket += part[0][i];
+      if (which & 2) bracket -= part[1][i];
+      to[i] = bracket * scale;
+      dinner[i] = dto[i] * scale;
+      dscale[i] = before[i] + dto[i] * bracket;
+    }
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      struct kernels *k = walk.k;
+      struct memory d = {.k = k};
+      data *dev_from = device_data(&d, from, N), *got = poisoned_data(&d, N);
+      float *dev[3], *dev_dto = device_floats(&d, dto, N);
+      for (int i = 0; i < 3; i++) dev[i] = which >> i & 1 ? device_floats(&d, part[i], N) : NULL;
+      k->fold_vector(k, got, dev_from, dev[0], dev[1], dev[2], N);
+      bound_check(&bounds[0], peak_error(result_data(&d, &walk, got, N), to, N), walk.name);
+      for (int wanted = 0; wanted < 2; wanted++) {
+        float *inner = poisoned_floats(&d, N), *slope = wanted ? device_floats(&d, before, N) : NULL;
+        k->fold_vector_backward(k, inner, slope, dev_dto, dev_from, dev[0], dev[1], dev[2], N);
+        bound_check(&bounds[1], peak_error(result_floats(&d, &walk, inner, N), dinner, N), walk.name);
+        if (slope) bound_check(&bounds[2], peak_error(result_floats(&d, &walk, slope, N), dscale, N), walk.name);
+      }
+      memory_free(&d);
+    }
+    memory_free(&m);
+  }
+  bound_print(bounds, 3);
+}
+
+/* ---- loss ---- */
+
 static void mean_square(double *loss, double *const *in, const void *shape) { /* in: y, target */
   int64_t n = *(const int64_t *)shape;
   *loss = 0;
@@ -392,9 +920,8 @@ static void check_mse(struct bound *bounds, int64_t n) {
   struct operation operation = {mean_square, &n, 1, {n, n}};
   double *in[] = {widened(&m, y, n), widened(&m, target, n)}, loss_want, upstream = weight;
   mean_square(&loss_want, in, &n);
-  struct gradient assigned = central_differences(&m, &operation, in, 0, &upstream, 100), added = assigned;
-  added.want = host_doubles(&m, added.count);
-  for (int64_t i = 0; i < added.count; i++) added.want[i] = assigned.want[i] + before[added.at[i]];
+  struct gradient assigned = central_differences(&m, &operation, in, 0, &upstream, 100);
+  struct gradient added = gradient_added(&m, &assigned, before);
   for (struct walk walk = {0}; walk_next(&walk);) {
     struct kernels *k = walk.k;
     struct memory d = {.k = k};
@@ -432,12 +959,13 @@ static void mean_squared_error(void **context) {
   bound_print(bounds, 2);
 }
 
-static void filling_adding_and_conversion(void **context) {
+static void filling_adding_clamping_and_conversion(void **context) {
   (void)context;
   struct memory m = {0};
   uint64_t state = 8;
   enum { N = 71 };
   float *a = random_floats(&m, &state, N), *b = random_floats(&m, &state, N), *sum = host_floats(&m, N), *filled = host_floats(&m, N);
+  float *clamped = host_floats(&m, N);
   unsigned char packed[2][2 * N + 1]; /* fp16 and bf16 at an odd address */
   float *unpacked[] = {host_floats(&m, N), host_floats(&m, N)};
   for (int i = 0; i < N; i++) {
@@ -448,6 +976,7 @@ static void filling_adding_and_conversion(void **context) {
     unpacked[1][i] = bf16_to_float(brain);
     sum[i] = a[i] + b[i];
     filled[i] = -INFINITY;
+    clamped[i] = fminf(fmaxf(a[i], -0.5f), 0.25f);
   }
   for (struct walk walk = {0}; walk_next(&walk);) {
     struct kernels *k = walk.k;
@@ -455,8 +984,14 @@ static void filling_adding_and_conversion(void **context) {
     float *to = device_floats(&d, a, N), *from = device_floats(&d, b, N);
     k->add(k, to, from, N);
     assert_memory_equal(fetched_floats(&d, to, N), sum, N * sizeof *sum);
+    data *accumulated = device_data(&d, a, N);
+    k->accumulate(k, accumulated, device_data(&d, b, N), N);
+    assert_memory_equal(fetched_data(&d, accumulated, N), sum, N * sizeof *sum);
     k->copy(k, from, to, N * sizeof *to);
     assert_memory_equal(fetched_floats(&d, from, N), sum, N * sizeof *sum);
+    k->upload(k, to, a, N * sizeof *to);
+    k->clamp(k, to, -0.5f, 0.25f, N);
+    assert_memory_equal(fetched_floats(&d, to, N), clamped, N * sizeof *clamped);
     k->fill(k, to, -INFINITY, N);
     assert_memory_equal(fetched_floats(&d, to, N), filled, N * sizeof *filled);
     for (int i = 0; i < 2; i++) {
@@ -666,13 +1201,19 @@ static void cross_entropy_in_pieces(void **context) {
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(linear_layers),
+      cmocka_unit_test(products_with_a_vector),
       cmocka_unit_test(norms),
-      cmocka_unit_test(column_sums_of_squares),
+      cmocka_unit_test(sums_and_ranges_of_columns),
       cmocka_unit_test(rotary_positions),
       cmocka_unit_test(causal_attention),
       cmocka_unit_test(gated_activation),
+      cmocka_unit_test(plain_activations),
+      cmocka_unit_test(mixture_of_experts),
+      cmocka_unit_test(scales_of_channels),
+      cmocka_unit_test(scaled_weights),
+      cmocka_unit_test(folded_vectors),
       cmocka_unit_test(mean_squared_error),
-      cmocka_unit_test(filling_adding_and_conversion),
+      cmocka_unit_test(filling_adding_clamping_and_conversion),
       cmocka_unit_test(sigmoids),
       cmocka_unit_test(adamw),
       cmocka_unit_test(sign_updates),

@@ -74,6 +74,7 @@ static struct named_array make_array(const char *name, int dimensions, int64_t r
 /* Names stand in the order in which they are read back. */
 static struct block_record make_record(int index, int linears, int folded, int calibration) {
   struct block_record record = {.index = index, .loss_rtn = 0.5, .loss_start = NAN, .loss_end = 1.0 / 3, .kept = "end", .skipped_steps = 2};
+  record.untrained_experts = 3;
   record.seconds = 12.25;
   record.world_size = 4;
   record.linear = calloc((size_t)linears + 1, sizeof *record.linear);
@@ -98,17 +99,20 @@ static struct block_record make_full(int index) {
   char longest[96];
   memset(longest, 'z', 95);
   longest[95] = 0;
-  struct block_record record = make_record(index, 4, 2, 4);
-  record.linear[0] = make_linear("mlp.down_proj", 3000, 1001, 4, 1001, true); /* several chunks */
-  record.linear[1] = make_linear("self_attn.k_proj", 1, 1, 2, 128, false);
-  record.linear[2] = make_linear("self_attn.q_proj", 5, 37, 3, 16, false);
-  record.linear[3] = make_linear(longest, 2, 9, 8, 8, false);
+  struct block_record record = make_record(index, 5, 2, 6);
+  record.linear[0] = make_linear("block_sparse_moe.experts.63.w1", 3, 8, 4, 8, false);
+  record.linear[1] = make_linear("mlp.down_proj", 3000, 1001, 4, 1001, true); /* several chunks */
+  record.linear[2] = make_linear("self_attn.k_proj", 1, 1, 2, 128, false);
+  record.linear[3] = make_linear("self_attn.q_proj", 5, 37, 3, 16, false);
+  record.linear[4] = make_linear(longest, 2, 9, 8, 8, false);
   record.folded[0] = make_array("input_layernorm.weight", 1, 64, 1);
   record.folded[1] = make_array("mlp.gate.weight", 2, 3, 5);
-  record.calibration[0] = make_array("loss", 1, 0, 1);
-  record.calibration[1] = make_array("self_attn.q_proj/beta", 2, 5, 3);
-  record.calibration[2] = make_array("self_attn.q_proj/gamma", 2, 5, 3);
-  record.calibration[3] = make_array(longest, 1, 1, 1);
+  record.calibration[0] = make_array("attention_norm/s", 1, 64, 1);
+  record.calibration[1] = make_array("block_sparse_moe.experts.63.w1/gamma", 2, 3, 1);
+  record.calibration[2] = make_array("loss", 1, 0, 1);
+  record.calibration[3] = make_array("self_attn.q_proj/beta", 2, 5, 3);
+  record.calibration[4] = make_array("self_attn.q_proj/gamma", 2, 5, 3);
+  record.calibration[5] = make_array(longest, 1, 1, 1);
   return record;
 }
 
@@ -135,8 +139,8 @@ static bool arrays_same(const struct named_array *a, const struct named_array *b
 static bool records_same(const struct block_record *a, const struct block_record *b) {
   bool same = a->index == b->index && doubles_same(a->loss_rtn, b->loss_rtn) && doubles_same(a->loss_start, b->loss_start) &&
               doubles_same(a->loss_end, b->loss_end) && !strcmp(a->kept, b->kept) && a->skipped_steps == b->skipped_steps &&
-              a->seconds == b->seconds && a->world_size == b->world_size && a->linears == b->linears &&
-              a->folded_arrays == b->folded_arrays && a->calibration_arrays == b->calibration_arrays;
+              a->untrained_experts == b->untrained_experts && a->seconds == b->seconds && a->world_size == b->world_size &&
+              a->linears == b->linears && a->folded_arrays == b->folded_arrays && a->calibration_arrays == b->calibration_arrays;
   for (int i = 0; same && i < a->linears; i++) same = linears_same(&a->linear[i], &b->linear[i]);
   for (int i = 0; same && i < a->folded_arrays; i++) same = arrays_same(&a->folded[i], &b->folded[i]);
   for (int i = 0; same && i < a->calibration_arrays; i++) same = arrays_same(&a->calibration[i], &b->calibration[i]);
@@ -160,9 +164,18 @@ static struct store *open_good(const char *path) {
   return store;
 }
 
+/* As calibrate does it: the file is made in memory and then written. */
+static int write_block(struct store *store, const struct block_record *record, struct error *error) {
+  struct block_image image;
+  int code = block_image_make(&image, record, "test", error);
+  if (!code) code = store_write_block(store, &image, error);
+  block_image_free(&image);
+  return code;
+}
+
 static void write_good(struct store *store, struct block_record record) {
   struct error error = {0};
-  if (store_write_block(store, &record, &error) != 0) fail_msg("%s", error.message);
+  if (write_block(store, &record, &error) != 0) fail_msg("%s", error.message);
   block_record_free(&record);
 }
 
@@ -330,7 +343,7 @@ static void a_store_that_cannot_be_described_is_not_begun(void **state) {
 
 static void refuse_write(struct store *store, struct block_record record, const char *expected) {
   struct error error = {0};
-  assert_int_equal(store_write_block(store, &record, &error), ERROR_WORK);
+  assert_int_equal(write_block(store, &record, &error), ERROR_WORK);
   check_said(&error, expected);
   assert_false(store_has_block(store, 1));
   block_record_free(&record);
@@ -365,6 +378,9 @@ static void what_could_not_be_read_is_not_written(void **state) {
   record = make_small(1);
   record.kept[0] = 0;
   refuse_write(store, record, "kept ''");
+  record = make_small(1);
+  record.untrained_experts = -1;
+  refuse_write(store, record, "untrained_experts -1");
   record = make_small(3);
   refuse_write(store, record, "the model has blocks 0..2");
   store_close(store, &error);
@@ -385,7 +401,7 @@ static void a_block_half_written_leaves_nothing(void **state) {
     small = (struct rlimit){bytes, limit.rlim_max};
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &small), 0);
     struct error full = {0};
-    int code = store_write_block(store, &record, &full);
+    int code = write_block(store, &record, &full);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
     assert_int_equal(code, ERROR_WORK);
     check_said(&full, "File too large");
@@ -654,6 +670,7 @@ enum block_lie {
   INDEX_OTHER,
   KEPT_OTHER,
   WORLD_ZERO,
+  UNTRAINED_NEGATIVE,
   BITS_NINE,
   BITS_FOUR,
   GROUP_ZERO,
@@ -712,6 +729,8 @@ static const char *tell_block_lie(hid_t file, enum block_lie lie) {
     return set_text(file, "/block", "kept", "all of them", false), "attribute kept: is none of";
   case WORLD_ZERO:
     return set_integer(file, "/block", "world_size", 0), "attribute world_size: is 0";
+  case UNTRAINED_NEGATIVE:
+    return set_integer(file, "/block", "untrained_experts", -1), "attribute untrained_experts: is -1";
   case BITS_NINE:
     return set_integer(file, q, "bits", 9), "self_attn.q_proj: attribute bits: is 9 but must be in 2..8";
   case BITS_FOUR:
@@ -791,6 +810,21 @@ static const char *tell_block_lie(hid_t file, enum block_lie lie) {
   }
 }
 
+/* Stores of a time before experts have no such attribute. */
+static void a_block_that_does_not_count_untrained_experts_has_none(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = make_store();
+  hid_t file = H5Fopen(scratch_path(&out, "blocks/0000.h5").text, H5F_ACC_RDWR, H5P_DEFAULT);
+  assert_true(H5Adelete_by_name(file, "/block", "untrained_experts", H5P_DEFAULT) >= 0);
+  H5Fclose(file);
+  struct store *store = open_good(out.text);
+  struct block_record expected = make_small(0);
+  expected.untrained_experts = 0;
+  check_block(store, expected);
+  store_close(store, &error);
+}
+
 static void every_lie_of_a_block_is_refused(void **state) {
   (void)state;
   struct path out = make_store(), block = scratch_path(&out, "blocks/0000.h5");
@@ -852,6 +886,7 @@ int main(void) {
       cmocka_unit_test_setup_teardown(no_changed_byte_passes, setup, teardown),
       cmocka_unit_test_setup_teardown(a_file_cut_short_is_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(every_lie_of_a_master_is_refused, setup, teardown),
+      cmocka_unit_test_setup_teardown(a_block_that_does_not_count_untrained_experts_has_none, setup, teardown),
       cmocka_unit_test_setup_teardown(every_lie_of_a_block_is_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(stores_are_read_by_one_thread_and_written_by_another, setup, teardown),
   };

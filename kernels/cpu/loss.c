@@ -1,4 +1,4 @@
-/* loss.c: mean squared error between block outputs and its gradient (method.md section 2). */
+/* loss.c: mean squared error between block outputs and its gradient (method.md section 4). */
 #include "cpu/backend.h"
 
 enum { LOSS_CHUNK = 4096 }; /* summed in float by vector code, chunks in double in their order: independent of the number of threads */

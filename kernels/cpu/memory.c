@@ -63,3 +63,13 @@ static void add(struct kernels *k, float *to, const float *from, int64_t count) 
 #pragma omp parallel for simd schedule(static)
   for (int64_t i = 0; i < count; i++) to[i] += from[i];
 }
+
+static void clamp(struct kernels *k, float *x, float low, float high, int64_t count) {
+  (void)k;
+#pragma omp parallel for simd schedule(static)
+  for (int64_t i = 0; i < count; i++) x[i] = x[i] < low ? low : x[i] > high ? high : x[i];
+}
+
+static void accumulate(struct kernels *k, data *to, const data *from, int64_t count) {
+  add(k, (float *)to, (const float *)from, count);
+}

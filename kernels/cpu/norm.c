@@ -1,55 +1,88 @@
-/* norm.c: RMSNorm (arXiv 1910.07467) and the column statistics that read the same rows. */
+/* norm.c: LayerNorm (arXiv 1607.06450) and RMSNorm (arXiv 1910.07467), which is the same with a mean of zero. */
 #include "cpu/backend.h"
+#include "cpu/chunks.h"
 
 #include <math.h>
 
-static inline float inverse_rms(const float *x, int64_t columns, float eps) {
-  float squares = 0;
+/* n = (x - mean) * inverse */
+struct row_norm {
+  float mean, inverse;
+};
+
+/* The deviations are squared in a pass of their own: mean(x^2) - mean^2 would cancel where the mean is large. */
+static inline struct row_norm row_norm(const float *x, const struct norm_shape *shape) {
+  float mean = 0, squares = 0;
+  if (shape->centered) {
+#pragma omp simd reduction(+ : mean)
+    for (int64_t c = 0; c < shape->columns; c++) mean += x[c];
+    mean /= (float)shape->columns;
+  }
 #pragma omp simd reduction(+ : squares)
-  for (int64_t c = 0; c < columns; c++) squares += x[c] * x[c];
-  return 1.0f / sqrtf(squares / (float)columns + eps);
+  for (int64_t c = 0; c < shape->columns; c++) squares += (x[c] - mean) * (x[c] - mean);
+  return (struct row_norm){mean, 1.0f / sqrtf(squares / (float)shape->columns + shape->eps)};
 }
 
-static void rmsnorm_forward(struct kernels *k, data *y, const data *x, const data *w, int64_t rows, int64_t columns, float eps) {
+static void norm_forward(struct kernels *k, data *y, const data *x, const data *w, const data *b, const struct norm_shape *shape) {
   (void)k;
-  const float *weight = (const float *)w;
+  const float *weight = (const float *)w, *bias = (const float *)b;
 #pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *in = (const float *)x + r * columns;
-    float *out = (float *)y + r * columns, inverse = inverse_rms(in, columns, eps);
+  for (int64_t r = 0; r < shape->rows; r++) {
+    const float *in = (const float *)x + r * shape->columns;
+    float *out = (float *)y + r * shape->columns;
+    struct row_norm norm = row_norm(in, shape);
 #pragma omp simd
-    for (int64_t c = 0; c < columns; c++) out[c] = weight[c] * (in[c] * inverse);
+    for (int64_t c = 0; c < shape->columns; c++) out[c] = weight[c] * ((in[c] - norm.mean) * norm.inverse);
+    if (bias)
+#pragma omp simd
+      for (int64_t c = 0; c < shape->columns; c++) out[c] += bias[c];
   }
 }
 
-/* With n = x * inverse: dx = inverse * (g - n * mean(g * n)), g = dy * w. */
-static void rmsnorm_backward(struct kernels *k, data *dx, const data *dy, const data *x, const data *w, int64_t rows, int64_t columns,
-                             float eps, bool add) {
-  (void)k;
-  const float *weight = (const float *)w;
-#pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    const float *in = (const float *)x + r * columns, *grad = (const float *)dy + r * columns;
-    float *out = (float *)dx + r * columns, inverse = inverse_rms(in, columns, eps), dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t c = 0; c < columns; c++) dot += grad[c] * weight[c] * in[c];
-    float pull = dot * inverse * inverse / (float)columns;
+/* dx = inverse * (g - mean(g) - n * mean(g * n)), g = dy * w; without the mean of g where it is not centered. */
+static inline void row_backward_input(float *dx, const float *dy, const float *x, const float *w, struct row_norm norm,
+                                      const struct norm_shape *shape, bool add) {
+  float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t c = 0; c < shape->columns; c++) {
+    float g = dy[c] * w[c];
+    sum += g;
+    dot += g * (x[c] - norm.mean);
+  }
+  float push = shape->centered ? sum / (float)shape->columns : 0;
+  float pull = dot * norm.inverse * norm.inverse / (float)shape->columns;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; c++) {
-      float d = inverse * (grad[c] * weight[c] - in[c] * pull);
-      out[c] = add ? out[c] + d : d;
+  for (int64_t c = 0; c < shape->columns; c++) {
+    float d = norm.inverse * (dy[c] * w[c] - push - (x[c] - norm.mean) * pull);
+    dx[c] = add ? dx[c] + d : d;
+  }
+}
+
+static inline void row_backward_parameters(float *dw, float *db, const float *dy, const float *x, struct row_norm norm, int64_t columns) {
+#pragma omp simd
+  for (int64_t c = 0; c < columns; c++) {
+    dw[c] += dy[c] * ((x[c] - norm.mean) * norm.inverse);
+    db[c] += dy[c];
+  }
+}
+
+/* The parameters' gradients come before dx, which may overwrite dy. */
+static void norm_backward(struct kernels *k, data *dx, float *dw, float *db, const data *dy, const data *x, const data *w,
+                          const struct norm_shape *shape, bool add) {
+  bool parameters = dw || db;
+  int64_t rows = shape->rows, columns = shape->columns, chunks = parameters ? row_chunks(rows) : rows;
+  float *partial = parameters ? cpu_scratch(k, 2 * chunks * columns + 1) : NULL;
+  if (parameters && !partial) return;
+#pragma omp parallel for schedule(static)
+  for (int64_t chunk = 0; chunk < chunks; chunk++) {
+    float *sum = parameters ? partial + 2 * chunk * columns : NULL;
+    if (sum) memset(sum, 0, (size_t)(2 * columns) * sizeof *sum);
+    for (int64_t r = chunk_begin(rows, chunks, chunk); r < chunk_begin(rows, chunks, chunk + 1); r++) {
+      const float *in = (const float *)x + r * columns, *grad = (const float *)dy + r * columns;
+      struct row_norm norm = row_norm(in, shape);
+      if (sum) row_backward_parameters(sum, sum + columns, grad, in, norm, columns);
+      if (dx) row_backward_input((float *)dx + r * columns, grad, in, (const float *)w, norm, shape, add);
     }
   }
-}
-
-static void column_squares(struct kernels *k, float *sums, const data *x, int64_t rows, int64_t columns) {
-  (void)k;
-  const float *in = (const float *)x;
-#pragma omp parallel for schedule(static)
-  for (int64_t begin = 0; begin < columns; begin += 64) {
-    int64_t end = begin + 64 < columns ? begin + 64 : columns;
-    for (int64_t r = 0; r < rows; r++)
-#pragma omp simd
-      for (int64_t c = begin; c < end; c++) sums[c] += in[r * columns + c] * in[r * columns + c];
-  }
+  if (dw) sum_chunks(dw, partial, chunks, 2 * columns, columns, false);
+  if (db) sum_chunks(db, partial + columns, chunks, 2 * columns, columns, false);
 }

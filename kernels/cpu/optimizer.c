@@ -1,4 +1,4 @@
-/* optimizer.c: AdamW (arXiv 1711.05101) and sign updates (method.md section 3) over all learnables of a block, and the sigmoid that
+/* optimizer.c: AdamW (arXiv 1711.05101) and sign updates (method.md section 7) over all learnables of a block, and the sigmoid that
  * turns gamma and beta into clipping factors. */
 #include "cpu/backend.h"
 

@@ -1,4 +1,4 @@
-/* search.c: the start of short runs (method.md section 3): for each group the clipping factors with the least weighted squared error.
+/* search.c: the start of short runs (method.md section 7): for each group the clipping factors with the least weighted squared error.
  * The importance of a column is the mean square of the activations that it multiplies. */
 #include "cpu/backend.h"
 
@@ -31,13 +31,26 @@ static void search_group(const struct group *group, const float *importance, con
     }
 }
 
-static void clip_search(struct kernels *k, float *f_hi, float *f_lo, const data *w, const float *importance,
-                        const struct weight_shape *shape, int64_t first, int64_t end) {
-  (void)k;
+/* a_c / column[c]^2: what a scaled weight multiplies is scaled the other way. */
+static inline const float *scaled_importance(float *room, const float *importance, const float *column, int64_t length) {
+  if (!column) return importance;
+#pragma omp simd
+  for (int64_t i = 0; i < length; i++) room[i] = importance[i] / (column[i] * column[i]);
+  return room;
+}
+
+static void clip_search(struct kernels *k, float *f_hi, float *f_lo, const data *w, const struct weight_scales *scales,
+                        const float *importance, const struct quantized_shape *shape, int64_t first, int64_t end) {
+  struct quantized q = quantized(w, scales, NULL, NULL, shape);
+  int64_t room = group_room(shape);
+  float *scratch = cpu_scratch(k, 2 * k->threads * room);
+  if (!scratch) return;
 #pragma omp parallel for schedule(static)
   for (int64_t g = first; g < end; g++) {
-    struct group group = group_at(w, NULL, NULL, shape, g);
+    float *scaled = scratch + 2 * omp_get_thread_num() * room;
+    struct group group = group_at(&q, g, scaled);
+    const float *a = scaled_importance(scaled + room, importance + group.column, column_scales(q.scales, group.column), group.length);
     f_hi[g] = f_lo[g] = 1;
-    search_group(&group, importance + group.offset % shape->columns, &shape->quantizer, &f_hi[g], &f_lo[g]);
+    search_group(&group, a, &shape->quantizer, &f_hi[g], &f_lo[g]);
   }
 }

@@ -1,0 +1,205 @@
+/* record.c: from a learned block on the device to a block_record on the host. */
+#include "record.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+const char *record_kept_name(enum kept kept) {
+  static const char *const names[] = {"rtn", "start", "end"};
+  return names[kept];
+}
+
+static void *host_memory(size_t count, size_t size, struct error *error) {
+  void *memory = error->code ? NULL : calloc(count ? count : 1, size);
+  if (!memory) error_set(error, ERROR_WORK, "out of memory for a block's record");
+  return memory;
+}
+
+/* ---- linear layers ---- */
+
+/* The record's linear of that name, made when its first part comes. */
+static struct quantized_linear *linear_named(struct block_record *record, const struct linear *layer, const struct row_map *source,
+                                             const struct quantized_shape *shape, struct error *error) {
+  for (int i = 0; i < record->linears; i++)
+    if (strcmp(record->linear[i].name, layer->name) == 0) return &record->linear[i];
+  struct quantized_linear *linear = &record->linear[record->linears++];
+  size_t rows = (size_t)source->total, groups = (size_t)groups_per_row(shape);
+  *linear = (struct quantized_linear){.out_features = source->total,
+                                      .in_features = layer->columns,
+                                      .bits = shape->quantizer.bits,
+                                      .group_size = shape->quantizer.group_size,
+                                      .symmetric = shape->quantizer.symmetric};
+  snprintf(linear->name, sizeof linear->name, "%s", layer->name);
+  linear->codes = host_memory(rows, (size_t)packed_row_bytes(layer->columns, shape->quantizer.bits), error);
+  linear->scale = host_memory(rows, groups * sizeof *linear->scale, error);
+  linear->zero_point = host_memory(rows, groups, error);
+  return linear;
+}
+
+/* A learned array of that name, [rows, columns], made when its first part comes. */
+static struct named_array *array_named(struct block_record *record, const char *name, int64_t rows, int64_t columns, struct error *error) {
+  for (int i = 0; i < record->calibration_arrays; i++)
+    if (strcmp(record->calibration[i].name, name) == 0) return &record->calibration[i];
+  struct named_array *array = &record->calibration[record->calibration_arrays++];
+  snprintf(array->name, sizeof array->name, "%s", name);
+  array->dimensions = columns ? 2 : 1;
+  array->shape[0] = rows;
+  array->shape[1] = columns;
+  array->values = host_memory((size_t)rows, (size_t)(columns ? columns : 1) * sizeof(float), error);
+  return array;
+}
+
+/* Copies a part's rows to their places in the checkpoint's tensor. */
+static void place_rows(void *to, const void *from, const struct row_map *source, int64_t rows, size_t row_bytes) {
+  for (int64_t row = 0; row < rows; row++)
+    memcpy((char *)to + (size_t)source_row(source, row) * row_bytes, (const char *)from + (size_t)row * row_bytes, row_bytes);
+}
+
+static const struct row_map *source_of(const struct learner *l, int linear) {
+  const struct model *model = l->block->model;
+  return &model->tensor[model->linear[linear].weight].source;
+}
+
+/* Device and host memory for the codes of one layer. */
+struct codes {
+  uint8_t *codes, *zero_point;
+  uint16_t *scale;
+};
+
+static void quantize_layer(const struct learner *l, int index, const float *factor, const struct codes *device) {
+  const struct quantized_shape *shape = &l->lwc.shape[index];
+  const float *hi = factor ? factor + l->lwc.first[index] : NULL, *lo = factor ? hi + l->lwc.groups : NULL;
+  struct weight_scales scales = let_scales(&l->let, index);
+  l->k->quantize_codes(l->k, device->codes, device->scale, device->zero_point,
+                       block_tensor(l->block, BLOCK_FULL, l->block->model->linear[index].weight), &scales, hi, lo, shape);
+}
+
+static int record_linear(struct block_record *record, const struct learner *l, int index, const float *factor, struct error *error) {
+  struct kernels *k = l->k;
+  const struct quantized_shape *shape = &l->lwc.shape[index];
+  const struct row_map *source = source_of(l, index);
+  size_t row_groups = (size_t)groups_per_row(shape), groups = (size_t)groups_of(shape);
+  size_t row_bytes = (size_t)packed_row_bytes(shape->columns, shape->quantizer.bits), bytes = (size_t)shape->rows * row_bytes;
+  struct quantized_linear *linear = linear_named(record, &l->block->model->linear[index], source, shape, error);
+  struct codes device = {k->allocate(k, bytes), k->allocate(k, groups), k->allocate(k, groups * sizeof(uint16_t))};
+  char *host = host_memory(bytes + groups * sizeof(uint16_t), 1, error);
+  if (!device.codes || !device.zero_point || !device.scale)
+    error_set(error, ERROR_WORK, "out of memory on %s for a block's codes", k->name);
+  if (!error->code) {
+    quantize_layer(l, index, factor, &device);
+    k->download(k, host, device.codes, bytes);
+    place_rows(linear->codes, host, source, shape->rows, row_bytes);
+    k->download(k, host, device.zero_point, groups);
+    place_rows(linear->zero_point, host, source, shape->rows, row_groups);
+    k->download(k, host, device.scale, groups * sizeof(uint16_t));
+    place_rows(linear->scale, host, source, shape->rows, row_groups * sizeof(uint16_t));
+  }
+  free(host);
+  k->release(k, device.codes);
+  k->release(k, device.zero_point);
+  k->release(k, device.scale);
+  return error->code;
+}
+
+/* ---- what was learned ---- */
+
+/* A layer's clipping factors, as gamma and beta where training learned these. */
+static int record_factors(struct block_record *record, const struct learner *l, int index, const float *factor, struct error *error) {
+  static const char *const names[2][2] = {{"f_hi", "f_lo"}, {"gamma", "beta"}};
+  const struct quantized_shape *shape = &l->lwc.shape[index];
+  int64_t groups = groups_of(shape), per_row = groups_per_row(shape);
+  float *host = host_memory((size_t)groups, sizeof *host, error);
+  for (int end = 0; end < 2 && !error->code; end++) {
+    char name[96];
+    snprintf(name, sizeof name, "%.64s/%s", l->block->model->linear[index].name, names[l->lwc.sigmoid][end]);
+    struct named_array *array = array_named(record, name, source_of(l, index)->total, per_row, error);
+    if (error->code) break;
+    l->k->download(l->k, host, factor + end * l->lwc.groups + l->lwc.first[index], (size_t)groups * sizeof *host);
+    for (int64_t g = 0; l->lwc.sigmoid && g < groups; g++) host[g] = logf(host[g] / (1 - host[g]));
+    place_rows(array->values, host, source_of(l, index), shape->rows, (size_t)per_row * sizeof *host);
+  }
+  free(host);
+  return error->code;
+}
+
+static void record_vector(struct block_record *record, const struct learner *l, const char *name, const float *values, int64_t count,
+                          struct error *error) {
+  struct named_array *array = array_named(record, name, count, 0, error);
+  if (!error->code) l->k->download(l->k, array->values, values, (size_t)count * sizeof *values);
+}
+
+static int record_let(struct block_record *record, const struct learner *l, const float *parameter, struct error *error) {
+  for (int place = 0; place < LET_PLACES; place++) {
+    char name[96];
+    if (!l->let.channels[place]) continue;
+    snprintf(name, sizeof name, "%s/s", let_place_name((enum let_place)place));
+    record_vector(record, l, name, parameter + l->let.s[place], l->let.channels[place], error);
+    if (l->let.delta[place] == ABSENT) continue;
+    snprintf(name, sizeof name, "%s/delta", let_place_name((enum let_place)place));
+    record_vector(record, l, name, parameter + l->let.delta[place], l->let.channels[place], error);
+  }
+  return error->code;
+}
+
+static int record_losses(struct block_record *record, const struct learner *l, struct error *error) {
+  int epochs = l->recipe->epochs;
+  struct named_array *array = array_named(record, "loss", epochs, 0, error);
+  if (!error->code) memcpy(array->values, l->epoch_loss, (size_t)epochs * sizeof(float));
+  return error->code;
+}
+
+/* ---- what LET folded into tensors that stay unquantized: those whose values are not the checkpoint's ---- */
+
+static int record_folded_tensor(struct block_record *record, const struct learner *l, int index, struct error *error) {
+  const struct block_tensor *tensor = &l->block->model->tensor[index];
+  int64_t count = tensor->rows * tensor->columns;
+  float *folded = host_memory((size_t)count, sizeof *folded, error), *plain = host_memory((size_t)count, sizeof *plain, error);
+  if (!error->code) {
+    l->k->fetch(l->k, folded, block_tensor(l->block, BLOCK_QUANTIZED, index), count);
+    l->k->fetch(l->k, plain, block_tensor(l->block, BLOCK_FULL, index), count);
+  }
+  if (!error->code && memcmp(folded, plain, (size_t)count * sizeof *plain) != 0) {
+    struct named_array *array = &record->folded[record->folded_arrays++];
+    snprintf(array->name, sizeof array->name, "%s", tensor->name);
+    array->dimensions = tensor->dimensions;
+    array->shape[0] = tensor->dimensions == 2 ? tensor->rows : tensor->columns;
+    array->shape[1] = tensor->columns;
+    array->values = folded;
+    folded = NULL;
+  }
+  free(folded);
+  free(plain);
+  return error->code;
+}
+
+/* ---- the whole ---- */
+
+int record_block(struct block_record *record, const struct learner *l, int index, const struct outcome *outcome, double seconds,
+                 struct error *error) {
+  const struct model *model = l->block->model;
+  struct learned learned = learner_result(l, outcome);
+  *record = (struct block_record){.index = index,
+                                  .loss_rtn = outcome->loss[KEPT_RTN],
+                                  .loss_start = outcome->loss[KEPT_START],
+                                  .loss_end = outcome->loss[KEPT_END],
+                                  .skipped_steps = outcome->skipped,
+                                  .untrained_experts = outcome->untrained_experts,
+                                  .seconds = seconds,
+                                  .world_size = l->world->size};
+  snprintf(record->kept, sizeof record->kept, "%s", record_kept_name(outcome->kept));
+  record->linear = host_memory((size_t)model->linears, sizeof *record->linear, error);
+  record->calibration = host_memory(2 * (size_t)model->linears + 2 * LET_PLACES + 1, sizeof *record->calibration, error);
+  record->folded = host_memory((size_t)model->tensors, sizeof *record->folded, error);
+  for (int i = 0; i < model->linears && !error->code; i++) {
+    if (!model->linear[i].quantized) continue;
+    record_linear(record, l, i, learned.factor, error);
+    if (learned.factor && !error->code) record_factors(record, l, i, learned.factor, error);
+  }
+  for (int i = 0; i < model->tensors && learned.let && !error->code; i++)
+    if (!model_quantizes(model, i)) record_folded_tensor(record, l, i, error);
+  if (learned.let && !error->code) record_let(record, l, learned.let, error);
+  if (l->recipe->epochs > 0 && (l->recipe->lwc || l->recipe->let) && !error->code) record_losses(record, l, error);
+  return error->code;
+}

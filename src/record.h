@@ -1,0 +1,16 @@
+/* record.h: what calibration leaves of a block, as the store takes it. */
+#ifndef OMNIQUANT_RECORD_H
+#define OMNIQUANT_RECORD_H
+
+#include "learn.h"
+#include "store.h"
+
+/* Makes the record of the block that learner_run has just ended: packed codes under the checkpoint's names, what LET folded into tensors
+ * that stay unquantized, and what was learned. Errors: ERROR_WORK (memory); block_record_free even then. */
+int record_block(struct block_record *record, const struct learner *learner, int index, const struct outcome *outcome, double seconds,
+                 struct error *error);
+
+/* "rtn", "start", "end" */
+const char *record_kept_name(enum kept kept);
+
+#endif

@@ -1,0 +1,79 @@
+/* fixture.h: a random model of the fixtures, its blocks on the host, and what is expected of it; shared by the tests of the block. */
+#ifndef OMNIQUANT_FIXTURE_H
+#define OMNIQUANT_FIXTURE_H
+
+#include "block.h"
+#include "checkpoint.h"
+#include "compare.h"
+
+enum { SAMPLES = 2, TOKENS = 24, BLOCKS = 2, TRAINED = 1 };
+
+static const char *const folders[] = {"llama_mha", "llama_gqa_tied", "llama3_rope", "llama_linear_rope", "mistral",    "qwen2",  "qwen3",
+                                      "opt",       "opt_post",       "falcon_7b",   "falcon_40b",        "falcon_11b", "mixtral"};
+enum { FOLDERS = sizeof folders / sizeof *folders };
+
+struct fixture {
+  struct memory memory;
+  struct model model;
+  struct checkpoint *checkpoint;
+  struct safetensors *expected;
+  void *image[BLOCKS];
+};
+
+static inline void fixture_open(struct fixture *f, const char *name, const char *expected) {
+  struct error error = {0};
+  *f = (struct fixture){0};
+  if (checkpoint_open(fixture_path(name, "").text, &f->model, &f->checkpoint, &error)) fail_msg("%s", error.message);
+  f->expected = expected_open(name, expected);
+  for (int i = 0; i < BLOCKS; i++) {
+    f->image[i] = host(&f->memory, (int64_t)f->model.image_bytes, 1);
+    if (checkpoint_read_block(f->checkpoint, &f->model, i, f->image[i], &error)) fail_msg("%s", error.message);
+  }
+}
+
+static inline void fixture_close(struct fixture *f) {
+  checkpoint_close(f->checkpoint);
+  safetensors_close(f->expected);
+  memory_free(&f->memory);
+}
+
+static inline int64_t hidden_count(const struct fixture *f) { /* of one sample */
+  return (int64_t)TOKENS * f->model.hidden;
+}
+
+static inline void open_block(struct block *block, const struct fixture *f, struct kernels *k, bool trained) {
+  struct error error = {0};
+  struct block_use use = {.tokens = TOKENS, .effective = true, .quantized_inputs = true, .trained = trained};
+  if (block_init(block, &f->model, k, &use, &error)) fail_msg("%s", error.message);
+}
+
+/* The linear weights where the quantizer would put its own. */
+static inline void copy_weights(struct block *block) {
+  for (int i = 0; i < block->model->linears; i++) {
+    const struct linear *linear = &block->model->linear[i];
+    if (linear->quantized)
+      block->k->copy(block->k, block_tensor(block, BLOCK_QUANTIZED, linear->weight), block_tensor(block, BLOCK_FULL, linear->weight),
+                     (size_t)(linear->rows * linear->columns) * block->k->element_bytes);
+  }
+}
+
+/* Ours of an expected array that is named as in the checkpoint, which may hold the rows of several: [rows, columns]. */
+static inline float *expected_rows(struct memory *m, const struct safetensors *file, const char *name, const struct row_map *source,
+                                   int64_t rows, int64_t columns) {
+  const float *all = expected_floats(m, file, source->total * columns, "%s", name);
+  float *ours = host_floats(m, rows * columns);
+  for (int64_t row = 0; row < rows; row++)
+    memcpy(ours + row * columns, all + source_row(source, row) * columns, (size_t)columns * sizeof *ours);
+  return ours;
+}
+
+/* The same of one of the block's tensors: PREFIX.NAME. */
+static inline float *expected_tensor(struct memory *m, const struct fixture *f, const char *prefix, int index) {
+  const struct block_tensor *tensor = &f->model.tensor[index];
+  char name[160];
+  snprintf(name, sizeof name, "%s.%s", prefix, tensor->name);
+  bool vector = tensor->dimensions == 1;
+  return expected_rows(m, f->expected, name, &tensor->source, vector ? tensor->columns : tensor->rows, vector ? 1 : tensor->columns);
+}
+
+#endif
