@@ -170,7 +170,7 @@ struct kernels {
   void (*silu_gate_backward)(struct kernels *k, data *dgate, data *dup, /* assigned; one of them may be dy */
                              const data *dy, const data *gate, const data *up, int64_t count);
 
-  /* ---- plain activation: RELU max(x, 0), with slope 0 at 0; GELU x Phi(x), by the error function ---- */
+  /* ---- plain activation, not the gated one: RELU max(x, 0), with slope 0 at 0 and NaN let through; GELU x Phi(x), by the error function ---- */
   void (*activation_forward)(struct kernels *k, data *y /* may be x */, const data *x, enum activation kind, int64_t count);
   void (*activation_backward)(struct kernels *k, data *dx /* assigned; may be dy */, const data *dy, const data *x, enum activation kind,
                               int64_t count);
@@ -178,9 +178,8 @@ struct kernels {
   /* ---- experts: softmax over the router's logits, the `top` largest, their probabilities divided by their sum ---- */
   /* Fills the arrays of `routing`. */
   void (*route_forward)(struct kernels *k, const struct routing *routing, const data *logits /* [T, experts] */);
-  void (*route_backward)(struct kernels *k, data *dlogits,         /* [T, experts] assigned */
-                         const float *dweight, const data *logits, /* [T, top]; [T, experts] */
-                         const struct routing *routing);
+  void (*route_backward)(struct kernels *k, data *dlogits, /* [T, experts] assigned */
+                         const float *dweight /* [T, top] */, const struct routing *routing);
   /* y[r] = x[token[r]]; its backward dx[t] (+)= sum over the token's rows of dy. */
   void (*gather_rows)(struct kernels *k, data *y /* [T * top, columns] */, const data *x /* [T, columns] */, const struct routing *routing,
                       int64_t columns);

@@ -485,7 +485,7 @@ static void attention_backward(struct block *block, enum block_weights which, co
 /* The router's part: its weight's gradient, and its input's added to dn2. */
 static void route_backward(struct block *block, enum block_weights which, const struct gradient_sink *sink) {
   struct kernels *k = block->k;
-  k->route_backward(k, block->dlogits, block->dshare, block->logits, &block->routing);
+  k->route_backward(k, block->dlogits, block->dshare, &block->routing);
   if (sink->vector) layer_backward(block, LINEAR_ROUTER, block->dlogits, block->n2, block->tokens, sink);
   reader_backward(block, which, LINEAR_ROUTER, block->dn2, block->dlogits, block->tokens, true);
 }

@@ -434,8 +434,8 @@ int calibrate(struct world *world, const struct calibrate_options *options, cons
                     .jobs = jobs,
                     .count = count};
   if (!jobs) error_set(error, ERROR_WORK, "out of memory for %d recipes", count);
+  for (int i = 0; jobs && i < count; i++) jobs[i] = (struct job){.recipe = &recipes[i].recipe, .output = recipes[i].output};
   if (world_agree(world, error) == 0) {
-    for (int i = 0; i < count; i++) jobs[i] = (struct job){.recipe = &recipes[i].recipe, .output = recipes[i].output};
     calibrate_all(&run, error);
     run_free(&run, error);
   }

@@ -146,7 +146,7 @@ static int record_let(struct block_record *record, const struct learner *l, cons
 static int record_losses(struct block_record *record, const struct learner *l, struct error *error) {
   int epochs = l->recipe->epochs;
   struct named_array *array = array_named(record, "loss", epochs, 0, error);
-  if (!error->code) memcpy(array->values, l->epoch_loss, (size_t)epochs * sizeof(float));
+  if (array->values) memcpy(array->values, l->epoch_loss, (size_t)epochs * sizeof(float));
   return error->code;
 }
 

@@ -706,7 +706,7 @@ static void check_experts(struct bound *bounds, int tokens, int experts, int top
       float *got = result_floats(&d, &walk, r.weight, rows);
       bound_check(&bounds[0], peak_error(got, weight, rows), walk.name);
       data *dlogits = poisoned_data(&d, nl), *gathered = poisoned_data(&d, nx), *dx = poisoned_data(&d, nx);
-      k->route_backward(k, dlogits, dev_dweight, dev_logits, &r);
+      k->route_backward(k, dlogits, dev_dweight, &r);
       bound_check(&bounds[1], gradient_error(&d, &dlogits_want, result_data(&d, &walk, dlogits, nl), nl), walk.name);
       k->gather_rows(k, gathered, dev_dy, &r, columns);
       float *rows_got = fetched_data(&d, gathered, nx);

@@ -25,5 +25,7 @@ model=(--model "$fixtures/llama_gqa_tied" --tokens "$work/tokens.h5" --seqlen 16
 calibrate=(calibrate "${model[@]}" --wbits 3 --group-size 32 --epochs 2 --batch 2 --samples 3)
 check "calibrate one block" clean "${calibrate[@]}" --output "$work/one" --blocks 0:1
 check "calibrate, search, sign and both losses" clean "${calibrate[@]}" --output "$work/all" --lwc-init search --optimizer sign --aug-loss
+check "calibrate experts with LET and activations" clean calibrate --model "$fixtures/mixtral" --tokens "$work/tokens.h5" --seqlen 16 --samples 2 \
+  --epochs 1 --wbits 4 --group-size 32 --abits 6 --let --let-up --output "$work/let"
 check "eval" clean eval "${model[@]}" --windows 2 --quantized "$work/all"
 finish

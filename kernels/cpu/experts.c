@@ -48,16 +48,15 @@ static void route_forward(struct kernels *k, const struct routing *routing, cons
   group_rows(routing);
 }
 
-static void route_backward(struct kernels *k, data *dlogits, const float *dweight, const data *logits, const struct routing *routing) {
+/* The shares say it all: the logits are not needed again. */
+static void route_backward(struct kernels *k, data *dlogits, const float *dweight, const struct routing *routing) {
   (void)k;
-  (void)logits; /* the shares say it all */
 #pragma omp parallel for schedule(static)
   for (int64_t t = 0; t < routing->tokens; t++) {
     float *out = (float *)dlogits + t * routing->experts, dot = 0;
     for (int e = 0; e < routing->experts; e++) out[e] = 0;
     for (int64_t i = t * routing->top; i < (t + 1) * routing->top; i++) dot += routing->weight[i] * dweight[i];
-    for (int64_t i = t * routing->top; i < (t + 1) * routing->top; i++)
-      out[routing->expert[i]] = routing->weight[i] * (dweight[i] - dot);
+    for (int64_t i = t * routing->top; i < (t + 1) * routing->top; i++) out[routing->expert[i]] = routing->weight[i] * (dweight[i] - dot);
   }
 }
 
