@@ -37,10 +37,13 @@ for model in llama_mha llama_gqa_tied mistral qwen2 qwen3 opt opt_post falcon_7b
   check "$model: with quantized activations" differ "$six" "$(perplexity $model "$work/ids.h5" --quantized "$work/$model 1" --abits 16)"
 done
 
-# Folding is exact: at eight bits, rounded to nearest, little is lost with LET and without; mixtral's router is among what is folded.
-for model in opt falcon_40b mixtral; do
+# Folding is exact: with weights of eight bits, not clipped, little is lost. The blocks are kept as LET left them; opt's has shifts too, which are
+# there where activations are quantized.
+for model in "opt 12" "falcon_40b 12" "mixtral 16"; do
+  read -r model bits <<<"$model"
   want=$("$helper" expected "$work/ids.h5" "$fixtures/$model/expected.safetensors")
-  check "$model: eight bits" calibrate "$model 8" $model 1 --let --wbits 8 --abits 8 --epochs 1
-  check "$model: eight bits are nearly full precision" near "$want" "$(perplexity $model "$work/ids.h5" --quantized "$work/$model 8")" 5e-3
+  check "$model: eight bits" calibrate "$model 8" "$model" 1 --let --no-lwc --wbits 8 --abits "$bits" --epochs 1
+  check "$model: with LET" grep -q 'kept \(start\|end\)' "$work/log"
+  check "$model: eight bits are nearly full precision" near "$want" "$(perplexity "$model" "$work/ids.h5" --quantized "$work/$model 8")" 5e-3
 done
 finish
