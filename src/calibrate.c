@@ -200,11 +200,12 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
+  if (stream_open(run->world, &source, &run->stream, error))
+    return error->code; /* first: it is collective, and what follows may fail on one rank alone */
   run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), error);
   if (!run->k) return error->code;
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
   if (block_init(&run->block, &run->model, run->k, &use, error)) return error->code;
-  if (stream_open(run->world, &source, &run->stream, error)) return error->code;
   if (open_target(run, observed, error)) return error->code;
   for (int i = 0; i < run->count && !error->code; i++)
     if (is_mine(run, &run->jobs[i])) open_job(run, &run->jobs[i], error);

@@ -180,14 +180,16 @@ static int open_work(struct evaluation *e, struct error *error) {
   int64_t T = e->options->seqlen, H = e->model.hidden, E = e->model.embedding, before = tail_of(&e->model).count;
   int64_t budget = 8 << 20; /* elements of a piece of the head, and of its logits */
   struct block_use use = {.tokens = e->options->seqlen, .quantized_inputs = quantizes_activations(e)};
-  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
-  if (!e->k) return error->code;
-  for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
   e->piece = budget / (E > T ? E : T);
   if (e->piece > e->model.vocabulary) e->piece = e->model.vocabulary;
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
   struct stream_source source = {0, items, item_bytes, read_item, e};
+  if (stream_open(e->world, &source, &e->stream, error))
+    return error->code; /* first: it is collective, and what follows may fail on one rank alone */
+  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
+  if (!e->k) return error->code;
+  for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
   size_t tokens = (size_t)e->count * (size_t)T;
   e->ids = calloc(tokens + 1, sizeof *e->ids);
   if (!e->ids) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
@@ -201,7 +203,7 @@ static int open_work(struct evaluation *e, struct error *error) {
   e->entropy.target = device_memory(e, tokens * sizeof(float), error);
   if (error->code || block_init(&e->block, &e->model, e->k, &use, error)) return error->code;
   e->block.quantizer = e->activations;
-  return stream_open(e->world, &source, &e->stream, error);
+  return 0;
 }
 
 static void evaluation_free(struct evaluation *e) {

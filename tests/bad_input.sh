@@ -224,4 +224,26 @@ rm "$store/blocks/0001.h5"
 eval_ends "store: a block is missing" "$store" "block 1 is not there" "did not end" --quantized "$store"
 "$helper" model "$work/longer" 3 "${sizes[@]:1}" || exit 1
 eval_ends "store: of another model" "$store" "2 blocks" "the model it was made from" --quantized "$store" --model "$work/longer"
+
+echo "# a rank that gets no memory: all end, with its message and status 1"
+cat >"$work/limited" <<'END'
+[ "$OMPI_COMM_WORLD_RANK" != 1 ] || ulimit -v 400000
+exec "$@"
+END
+"$helper" tokens "$work/many.h5" 4000000 96 1 || exit 1
+
+# without_memory FLAG...
+without_memory() {
+  timeout 60 mpirun --bind-to none --oversubscribe -np 2 bash "$work/limited" "$program" "$@" --model "$work/model" --tokens "$work/many.h5" \
+    --seqlen 1024 --threads 1 >"$work/log" 2>&1 </dev/null
+  [ $? = 1 ] && grep -q '^omniquant: rank 1: out of memory .* use more ranks$' "$work/log" && return
+  cat "$work/log"
+  return 1
+}
+
+if ! sanitized; then
+  check "calibrate: a rank without memory" without_memory calibrate --output "$out" --wbits 4 --samples 2400 --batch 2
+  check "calibrate: nothing is left" test ! -e "$out"
+  check "eval: a rank without memory" without_memory eval --windows 2400
+fi
 finish
