@@ -34,6 +34,7 @@ static int allocate(struct block *block, const struct buffer *buffers, size_t co
     void *memory = block->k->allocate(block->k, buffers[i].bytes);
     if (!memory) return error_set(error, ERROR_WORK, "out of memory on %s for a block (%zu bytes)", block->k->name, buffers[i].bytes);
     memcpy(buffers[i].field, &memory, sizeof memory);
+    block->owned[block->owned_count++] = memory;
   }
   return 0;
 }
@@ -124,6 +125,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
       {&block->dexpert_in, routed, trained && experts},
       {&block->dexpert_out, routed, trained && experts},
   };
+  _Static_assert(sizeof buffers / sizeof *buffers <= BLOCK_MOST_BUFFERS, "owned[] holds them all");
   if (allocate(block, buffers, sizeof buffers / sizeof *buffers, error)) return error->code;
   block->offset = calloc(E + 2, sizeof *block->offset);
   block->expert_tokens = calloc(E + 1, sizeof *block->expert_tokens);
@@ -134,60 +136,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
 }
 
 void block_free(struct block *block) {
-  if (block->effective == block->weights) block->effective = NULL;
-  void *const memory[] = {block->weights,
-                          block->effective,
-                          block->cosine,
-                          block->sine,
-                          block->n1,
-                          block->n1_hat,
-                          block->q,
-                          block->key,
-                          block->v,
-                          block->q_hat,
-                          block->key_hat,
-                          block->v_hat,
-                          block->q_raw,
-                          block->key_raw,
-                          block->a,
-                          block->a_hat,
-                          block->logsum,
-                          block->sum1,
-                          block->sum2,
-                          block->h,
-                          block->n2,
-                          block->n2_hat,
-                          block->gate,
-                          block->up,
-                          block->act,
-                          block->act_hat,
-                          block->logits,
-                          block->routing.expert,
-                          block->routing.weight,
-                          block->routing.row,
-                          block->routing.token,
-                          block->routing.offset,
-                          block->expert_in,
-                          block->expert_out,
-                          block->dw,
-                          block->dvector,
-                          block->dbias,
-                          block->dq,
-                          block->dk,
-                          block->dv,
-                          block->da,
-                          block->dsum,
-                          block->dh,
-                          block->dn1,
-                          block->dn2,
-                          block->dgate,
-                          block->dup,
-                          block->dlogits,
-                          block->dshare,
-                          block->dexpert_in,
-                          block->dexpert_out};
-  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-    if (memory[i]) block->k->release(block->k, memory[i]);
+  for (int i = 0; i < block->owned_count; i++) block->k->release(block->k, block->owned[i]);
   free(block->offset);
   free(block->expert_tokens);
   memset(block, 0, sizeof *block);
@@ -278,17 +227,13 @@ static size_t stream_bytes(const struct block *block) {
   return (size_t)block->tokens * (size_t)block->model->hidden * block->k->element_bytes;
 }
 
-/* Element offset of an expert's first row in a matrix of all rows. */
+/* From an expert's first row on, in a matrix of all rows. */
 static data *rows_of(const struct block *block, const data *matrix, int expert, int64_t columns) {
   return data_at(block->k, matrix, block->offset[expert] * columns);
 }
 
 static int64_t tokens_of(const struct block *block, int expert) {
   return block->offset[expert + 1] - block->offset[expert];
-}
-
-static int experts_of(const struct block *block) {
-  return block->model->experts ? block->model->experts : 1;
 }
 
 /* y (+)= linear(x). */
@@ -358,7 +303,7 @@ static void mlp_forward(struct block *block, enum block_weights which, data *sum
   int64_t H = block->model->hidden, F = block->model->ffn;
   bool routed = block->model->experts > 0;
   if (routed) in = route(block, which, in);
-  for (int e = 0; e < experts_of(block); e++) {
+  for (int e = 0; e < model_mlps(block->model); e++) {
     if (gated(block))
       forward(block, which, linear_of_expert(LINEAR_GATE, e), rows_of(block, block->gate, e, F), rows_of(block, in, e, H),
               tokens_of(block, e), false);
@@ -371,7 +316,7 @@ static void mlp_forward(struct block *block, enum block_weights which, data *sum
     k->activation_forward(k, block->act, block->up, block->model->activation, block->rows * F);
   const data *act = input_forward(block, which, block->act_hat, block->act, block->rows, F);
   data *out = routed ? block->expert_out : sum;
-  for (int e = 0; e < experts_of(block); e++)
+  for (int e = 0; e < model_mlps(block->model); e++)
     forward(block, which, linear_of_expert(LINEAR_DOWN, e), rows_of(block, out, e, H), rows_of(block, act, e, F), tokens_of(block, e),
             !routed);
   if (routed) k->combine_forward(k, sum, block->expert_out, &block->routing, H);
@@ -403,8 +348,8 @@ void block_forward(struct block *block, enum block_weights which, data *y, const
 }
 
 const data *block_input(const struct block *block, int linear, int64_t *rows) {
-  int expert = linear < ROLES ? 0 : (linear - ROLES) / ROLES_OF_EXPERT + 1;
-  int role = linear < ROLES ? linear : LINEAR_GATE + (linear - ROLES) % ROLES_OF_EXPERT;
+  int expert = expert_of_linear(linear);
+  enum linear_role role = role_of_linear(linear);
   bool routed = block->model->experts > 0;
   *rows = block->tokens;
   if (role <= LINEAR_V) return block->n1;
@@ -500,7 +445,7 @@ static void mlp_backward(struct block *block, enum block_weights which, data *dn
   const data *dout = routed ? block->dexpert_out : dsum;
   data *din = routed ? block->dexpert_in : dn;
   if (routed) k->combine_backward(k, block->dexpert_out, block->dshare, dsum, block->expert_out, &block->routing, H);
-  for (int e = 0; e < experts_of(block); e++) {
+  for (int e = 0; e < model_mlps(block->model); e++) {
     int down = linear_of_expert(LINEAR_DOWN, e);
     layer_backward(block, down, rows_of(block, dout, e, H), rows_of(block, act, e, F), tokens_of(block, e), sink);
     reader_backward(block, which, down, rows_of(block, block->dup, e, F), rows_of(block, dout, e, H), tokens_of(block, e), false);
@@ -510,7 +455,7 @@ static void mlp_backward(struct block *block, enum block_weights which, data *dn
     k->silu_gate_backward(k, block->dgate, block->dup, block->dup, block->gate, block->up, block->rows * F);
   else
     k->activation_backward(k, block->dup, block->dup, block->up, block->model->activation, block->rows * F);
-  for (int e = 0; e < experts_of(block); e++)
+  for (int e = 0; e < model_mlps(block->model); e++)
     for (enum linear_role role = gated(block) ? LINEAR_GATE : LINEAR_UP; role <= LINEAR_UP; role++) {
       int index = linear_of_expert(role, e);
       const data *dy = rows_of(block, role == LINEAR_GATE ? block->dgate : block->dup, e, F);

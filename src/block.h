@@ -12,6 +12,8 @@
 #include "model.h"
 #include "recipe.h"
 
+enum { BLOCK_MOST_BUFFERS = 64 };
+
 struct block {
   const struct model *model;
   struct kernels *k;
@@ -49,6 +51,9 @@ struct block {
   float *dvector, *dbias;
   data *dlogits, *dexpert_in, *dexpert_out;
   float *dshare; /* [T, top] of the experts' weights */
+
+  void *owned[BLOCK_MOST_BUFFERS]; /* all device memory above, to be released */
+  int owned_count;
 };
 
 /* Which weights forward and backward use, and whether activations are quantized. */

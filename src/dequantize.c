@@ -31,10 +31,8 @@ static const struct quantized_linear *find_linear(const struct block_record *rec
 
 /* The model's tensor of that name that is not quantized, or NULL. */
 static const struct block_tensor *find_tensor(const struct model *model, const char *name) {
-  for (int i = 0; i < model->linears; i++)
-    if (model->linear[i].quantized && strcmp(model->tensor[model->linear[i].weight].name, name) == 0) return NULL;
   for (int i = 0; i < model->tensors; i++)
-    if (strcmp(model->tensor[i].name, name) == 0) return &model->tensor[i];
+    if (!model_quantizes(model, i) && strcmp(model->tensor[i].name, name) == 0) return &model->tensor[i];
   return NULL;
 }
 

@@ -136,11 +136,8 @@ static size_t item_bytes(const void *context, int item) {
 
 static int read_quantized(struct evaluation *e, int item, void *image, struct error *error) {
   struct block_record record = {0};
-  bool stored[MODEL_MAX_TENSORS] = {false};
-  for (int i = 0; i < e->model.linears; i++)
-    if (e->model.linear[i].quantized) stored[e->model.linear[i].weight] = true;
   for (int i = 0; i < e->model.tensors && !error->code; i++)
-    if (!stored[i]) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
+    if (!model_quantizes(&e->model, i)) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
   if (!error->code && !store_read_block(e->store, item, &record, error))
     dequantize_block(&record, &e->model, image, e->options->quantized, error);
   block_record_free(&record);

@@ -25,7 +25,7 @@ static bool learns(const struct learner *l) {
 
 /* A layer that reads the same as this one and comes first: importance is taken for it alone. */
 static int first_reader(const struct model *model, int linear) {
-  int role = linear < ROLES ? linear : LINEAR_GATE + (linear - ROLES) % ROLES_OF_EXPERT;
+  enum linear_role role = role_of_linear(linear);
   if (role <= LINEAR_V) return LINEAR_Q;
   return role == LINEAR_UP && model->linear[linear - 1].quantized ? linear - 1 : linear;
 }

@@ -34,13 +34,9 @@ static void add_reader(struct let *let, enum let_place place, int linear) {
   if (let->model->linear[linear].weight != ABSENT) let->column[linear] = (struct let_side){place, 0, identity(let->model->hidden), false};
 }
 
-static int experts_of(const struct model *model) {
-  return model->experts ? model->experts : 1;
-}
-
 static void add_mlp_readers(struct let *let, enum let_place place) {
   add_reader(let, place, LINEAR_ROUTER);
-  for (int e = 0; e < experts_of(let->model); e++) {
+  for (int e = 0; e < model_mlps(let->model); e++) {
     add_reader(let, place, linear_of_expert(LINEAR_GATE, e));
     add_reader(let, place, linear_of_expert(LINEAR_UP, e));
   }
@@ -72,8 +68,8 @@ static void add_query_key(struct let *let) {
 
 static void add_up(struct let *let) {
   int64_t F = let->model->ffn;
-  add_place(let, LET_UP, experts_of(let->model) * F);
-  for (int e = 0; e < experts_of(let->model); e++) {
+  add_place(let, LET_UP, model_mlps(let->model) * F);
+  for (int e = 0; e < model_mlps(let->model); e++) {
     let->row[linear_of_expert(LINEAR_UP, e)] = (struct let_side){LET_UP, e * F, identity(F), true};
     let->column[linear_of_expert(LINEAR_DOWN, e)] = (struct let_side){LET_UP, e * F, identity(F), false};
   }
@@ -134,7 +130,7 @@ static void place_statistics(struct let_statistics *statistics, const struct mod
   columns[LET_ATTENTION_NORM] = model->post_norm ? 0 : model->hidden;
   columns[LET_MLP_NORM] = model->post_norm || model->norm[NORM_MLP] == ABSENT ? 0 : model->hidden;
   columns[LET_VALUE] = (int64_t)model->heads * model->head_size;
-  columns[LET_UP] = (int64_t)experts_of(model) * model->ffn;
+  columns[LET_UP] = (int64_t)model_mlps(model) * model->ffn;
   for (int place = 0; place < LET_PLACES; place++) {
     statistics->at[place] = statistics->count;
     statistics->count += columns[place];
@@ -206,7 +202,7 @@ void let_observe(struct let_statistics *statistics, const struct block *block, f
     if (statistics->columns[place])
       observe_input(statistics, block, linear, statistics->at[place], statistics->columns[place], middle, weight);
   }
-  for (int e = 0; e < experts_of(model); e++)
+  for (int e = 0; e < model_mlps(model); e++)
     observe_input(statistics, block, linear_of_expert(LINEAR_DOWN, e), statistics->at[LET_UP] + e * (int64_t)model->ffn, model->ffn, middle,
                   weight);
 }
@@ -224,7 +220,7 @@ struct start {
 static void weight_absmax(struct let *let, const struct block *block, enum let_place place, float *host) {
   static const int first_reader[LET_PLACES] = {LINEAR_Q, LINEAR_UP, LINEAR_O, 0, LINEAR_DOWN};
   struct kernels *k = let->k;
-  for (int e = 0; e < experts_of(let->model); e++) {
+  for (int e = 0; e < model_mlps(let->model); e++) {
     int i = linear_of_expert((enum linear_role)first_reader[place], e);
     bool of_expert = place == LET_MLP_NORM || place == LET_UP;
     if (e > 0 && !of_expert) break;

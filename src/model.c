@@ -429,13 +429,13 @@ static void add_expert(struct model *model, const struct part_names *parts, int 
 
 static void add_tensors(const struct config *config, const struct family *family, const struct part_names *parts, struct model *model) {
   bool bias = present(config, family->mlp_bias, "mlp_bias");
-  int experts = model->experts ? model->experts : 1;
-  model->linears = ROLES + ROLES_OF_EXPERT * (experts - 1);
+  int mlps = model_mlps(model);
+  model->linears = ROLES + ROLES_OF_EXPERT * (mlps - 1);
   add_norm(model, NORM_ATTENTION, parts->norm[NORM_ATTENTION], model->hidden);
   add_attention(config, family, parts, model);
   add_norm(model, NORM_MLP, parts->norm[NORM_MLP], model->hidden);
   add_linear(model, LINEAR_ROUTER, parts->linear[LINEAR_ROUTER], model->experts, model->hidden, false, whole(model->experts));
-  for (int expert = 0; expert < experts; expert++) add_expert(model, parts, expert, bias);
+  for (int expert = 0; expert < mlps; expert++) add_expert(model, parts, expert, bias);
   model_layout(model);
 }
 

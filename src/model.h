@@ -30,6 +30,14 @@ static inline int linear_of_expert(enum linear_role role, int expert) {
   return (int)role + ROLES_OF_EXPERT * expert;
 }
 
+/* The other way: part and expert of the layer with that index. */
+static inline enum linear_role role_of_linear(int linear) {
+  return (enum linear_role)(linear < ROLES ? linear : LINEAR_GATE + (linear - ROLES) % ROLES_OF_EXPERT);
+}
+static inline int expert_of_linear(int linear) {
+  return linear < ROLES ? 0 : (linear - ROLES) / ROLES_OF_EXPERT + 1;
+}
+
 /* Rows of a tensor in the checkpoint that make one of ours: ours' row r is its row r / run * period + first + r % run. Of vectors, entries. */
 struct row_map {
   int64_t first, run, period;
@@ -120,6 +128,11 @@ int model_check_seqlen(const struct model *model, int seqlen, const char *where,
 
 /* Fixes offsets and sizes after dtypes have changed. */
 void model_layout(struct model *model);
+
+/* MLPs of a block: its experts, or the one of a dense block. */
+static inline int model_mlps(const struct model *model) {
+  return model->experts ? model->experts : 1;
+}
 
 /* Whether a tensor is the weight of a quantized layer. */
 bool model_quantizes(const struct model *model, int tensor);

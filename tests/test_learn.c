@@ -3,8 +3,6 @@
 #include "fixture.h"
 #include "learn.h"
 
-enum { MOST_SAMPLES = 6 };
-
 /* A learner over `samples` samples, block TRAINED of a model loaded. */
 struct setup {
   struct memory memory;

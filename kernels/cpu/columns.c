@@ -4,7 +4,9 @@
 
 #include <math.h>
 
-static void column_sums(struct kernels *k, float *sums, const data *x, int64_t rows, int64_t columns) {
+/* sums[c] (+)= sum over rows of weight[r] * x[r, c]; weight NULL: 1. */
+static void weighted_column_sums(struct kernels *k, float *sums, const float *weight, const data *x, int64_t rows, int64_t columns,
+                                 bool add) {
   int64_t chunks = row_chunks(rows);
   float *partial = cpu_scratch(k, chunks * columns + 1);
   if (!partial) return;
@@ -13,12 +15,16 @@ static void column_sums(struct kernels *k, float *sums, const data *x, int64_t r
     float *sum = partial + chunk * columns;
     memset(sum, 0, (size_t)columns * sizeof *sum);
     for (int64_t r = chunk_begin(rows, chunks, chunk); r < chunk_begin(rows, chunks, chunk + 1); r++) {
-      const float *in = (const float *)x + r * columns;
+      const float *in = (const float *)x + r * columns, share = weight ? weight[r] : 1;
 #pragma omp simd
-      for (int64_t c = 0; c < columns; c++) sum[c] += in[c];
+      for (int64_t c = 0; c < columns; c++) sum[c] += share * in[c];
     }
   }
-  sum_chunks(sums, partial, chunks, columns, columns, false);
+  sum_chunks(sums, partial, chunks, columns, columns, add);
+}
+
+static void column_sums(struct kernels *k, float *sums, const data *x, int64_t rows, int64_t columns) {
+  weighted_column_sums(k, sums, NULL, x, rows, columns, false);
 }
 
 static void column_range(struct kernels *k, float *absmax, float *middle, float weight, const data *x, int64_t rows, int64_t columns) {
