@@ -1,33 +1,27 @@
-/* safetensors.c: mapping a checkpoint's files and checking their headers before anything they say is used.
+/* safetensors.c: opening a checkpoint's files and checking their headers before anything they say is used.
  * A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, and the tensors' bytes. */
 #include "safetensors.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <jansson.h>
 #include <stdbool.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "file.h"
 #include "printable.h"
 
 enum { LENGTH_BYTES = 8, MAX_JSON_BYTES = 100000000 }; /* the limit of the format's own library */
-enum { AROUND_BYTES = 1 << 16 };                       /* who touches a page gets those around it too: what Linux maps at once */
 
 static const char INDEX_NAME[] = "model.safetensors.index.json";
 
 struct shard {
   char *path;
-  unsigned char *map; /* NULL for an empty file */
-  size_t bytes;
+  struct input_file file;
 };
 
 struct safetensors {
-  struct shard *shards;
+  struct shard **shards; /* each by itself: tensors point to their files */
   size_t shard_count;
   struct tensor *tensors; /* by name once opened */
   size_t tensor_count;
@@ -37,47 +31,10 @@ static int out_of_memory(const char *path, struct error *error) {
   return error_set(error, ERROR_WORK, "%s: out of memory", path);
 }
 
-/* Maps a regular file. *missing, where wanted, receives whether it failed because there is no such file: no error is set then. */
-static int file_map(const char *path, struct shard *shard, bool *missing, struct error *error) {
-  struct stat status;
-  int failed = ERROR_INPUT;
-  int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* not to hang on a pipe */
-  if (fd < 0 && errno == ENOENT && missing) {
-    *missing = true;
-    return ERROR_INPUT;
-  }
-  if (fd < 0 || fstat(fd, &status) != 0) {
-    error_set(error, ERROR_INPUT, "%s: %s", path, strerror(errno));
-    goto done;
-  }
-  if (!S_ISREG(status.st_mode)) {
-    error_set(error, ERROR_INPUT, "%s: is not a regular file", path);
-    goto done;
-  }
-  shard->bytes = (size_t)status.st_size;
-  if (shard->bytes > 0) {
-    void *map = mmap(NULL, shard->bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED) {
-      error_set(error, ERROR_WORK, "%s: cannot be mapped: %s", path, strerror(errno));
-      goto done;
-    }
-    shard->map = map;
-  }
-  failed = 0;
-done:
-  if (fd >= 0) close(fd);
-  return failed;
-}
-
-static void file_unmap(struct shard *shard) {
-  if (shard->map) munmap(shard->map, shard->bytes);
-  shard->map = NULL;
-}
-
 /* Parses a JSON object; NULL with the error set if it is not one. Keys that appear twice are refused. */
-static json_t *object_parse(const char *path, const unsigned char *text, size_t length, struct error *error) {
+static json_t *object_parse(const char *path, const char *text, size_t length, struct error *error) {
   json_error_t where;
-  json_t *object = json_loadb((const char *)text, length, JSON_REJECT_DUPLICATES, &where);
+  json_t *object = json_loadb(text, length, JSON_REJECT_DUPLICATES, &where);
   if (!object) {
     error_set(error, ERROR_INPUT, "%s: JSON header, byte %d: %s; the file is damaged, download it again", path, where.position,
               printable(where.text).text);
@@ -135,8 +92,9 @@ static int shape_parse(struct tensor *tensor, const json_t *entry, int64_t *elem
   return 0;
 }
 
-/* Sets data and bytes from data_offsets, which count from the end of the header. */
-static int offsets_parse(struct tensor *tensor, const json_t *entry, const unsigned char *data, size_t data_bytes, struct error *error) {
+/* Sets where the tensor's bytes are from data_offsets, which count from the end of the header. */
+static int offsets_parse(struct tensor *tensor, const json_t *entry, size_t data, struct error *error) {
+  size_t data_bytes = tensor->file->bytes - data;
   const json_t *offsets = json_object_get(entry, "data_offsets");
   const json_t *begin = json_array_get(offsets, 0), *end = json_array_get(offsets, 1);
   if (json_array_size(offsets) != 2 || !json_is_integer(begin) || !json_is_integer(end) || json_integer_value(begin) < 0 ||
@@ -152,12 +110,12 @@ static int offsets_parse(struct tensor *tensor, const json_t *entry, const unsig
         "%s: tensor '%s': data_offsets end at %llu but the file holds %zu bytes of data; the file is cut short, download it again",
         tensor->path, printable(tensor->name).text, (unsigned long long)last, data_bytes);
   }
-  tensor->data = data + first;
+  tensor->offset = data + (size_t)first;
   tensor->bytes = (size_t)(last - first);
   return 0;
 }
 
-static int tensor_parse(struct tensor *tensor, const json_t *entry, const unsigned char *data, size_t data_bytes, struct error *error) {
+static int tensor_parse(struct tensor *tensor, const json_t *entry, size_t data, struct error *error) {
   int64_t elements = 0, bits = 0;
   const char *type = json_string_value(json_object_get(entry, "dtype"));
   if (!type) {
@@ -166,7 +124,7 @@ static int tensor_parse(struct tensor *tensor, const json_t *entry, const unsign
   }
   int width = dtype_parse(type, &tensor->dtype);
   int failed = shape_parse(tensor, entry, &elements, error);
-  if (!failed) failed = offsets_parse(tensor, entry, data, data_bytes, error);
+  if (!failed) failed = offsets_parse(tensor, entry, data, error);
   if (failed || width == 0) return failed;
   if (__builtin_mul_overflow(elements, (int64_t)width, &bits) || bits % 8 != 0 || (uint64_t)bits / 8 != tensor->bytes) {
     return error_set(error, ERROR_INPUT,
@@ -177,9 +135,9 @@ static int tensor_parse(struct tensor *tensor, const json_t *entry, const unsign
   return 0;
 }
 
-static int compare_data(const void *left, const void *right) {
+static int compare_offset(const void *left, const void *right) {
   const struct tensor *a = left, *b = right;
-  if (a->data != b->data) return (const char *)a->data < (const char *)b->data ? -1 : 1;
+  if (a->offset != b->offset) return a->offset < b->offset ? -1 : 1;
   return (a->bytes > b->bytes) - (a->bytes < b->bytes);
 }
 
@@ -188,21 +146,20 @@ static int compare_name(const void *left, const void *right) {
 }
 
 /* Tensors must cover the data area without overlap and without a hole: a file of one reading. */
-static int layout_check(struct tensor *tensors, size_t count, const char *path, const unsigned char *data, size_t data_bytes,
-                        struct error *error) {
-  size_t end = 0;
-  qsort(tensors, count, sizeof *tensors, compare_data);
+static int layout_check(struct tensor *tensors, size_t count, const struct input_file *file, size_t data, struct error *error) {
+  size_t end = data;
+  if (count > 0) qsort(tensors, count, sizeof *tensors, compare_offset);
   for (size_t i = 0; i < count; i++) {
-    size_t begin = (size_t)((const unsigned char *)tensors[i].data - data);
-    if (begin != end) {
+    if (tensors[i].offset != end) {
       return error_set(error, ERROR_INPUT, "%s: tensor '%s': begins at %zu where %zu was due: %s; the file is damaged, download it again",
-                       path, printable(tensors[i].name).text, begin, end, begin < end ? "it overlaps another tensor" : "there is a hole");
+                       file->path, printable(tensors[i].name).text, tensors[i].offset - data, end - data,
+                       tensors[i].offset < end ? "it overlaps another tensor" : "there is a hole");
     }
-    end = begin + tensors[i].bytes;
+    end += tensors[i].bytes;
   }
-  if (end != data_bytes) {
-    return error_set(error, ERROR_INPUT, "%s: holds %zu bytes after the last tensor; the file is damaged, download it again", path,
-                     data_bytes - end);
+  if (end != file->bytes) {
+    return error_set(error, ERROR_INPUT, "%s: holds %zu bytes after the last tensor; the file is damaged, download it again", file->path,
+                     file->bytes - end);
   }
   return 0;
 }
@@ -218,67 +175,80 @@ static int metadata_check(const char *path, json_t *metadata, struct error *erro
   return error_set(error, ERROR_INPUT, "%s: __metadata__ is not an object of strings; the file is damaged, download it again", path);
 }
 
-/* Adds the tensors of one header to the checkpoint. */
-static int header_parse(struct safetensors *checkpoint, const struct shard *shard, json_t *header, const unsigned char *data,
-                        struct error *error) {
-  size_t data_bytes = shard->bytes - (size_t)(data - shard->map), first = checkpoint->tensor_count;
+/* Adds the tensors of one header, behind which `data` bytes into the file the tensors' bytes are, to the checkpoint. */
+static int header_parse(struct safetensors *checkpoint, const struct input_file *file, json_t *header, size_t data, struct error *error) {
+  size_t first = checkpoint->tensor_count;
   const char *key;
   json_t *entry;
   struct tensor *grown = realloc(checkpoint->tensors, (first + json_object_size(header) + 1) * sizeof *grown);
-  if (!grown) return out_of_memory(shard->path, error);
+  if (!grown) return out_of_memory(file->path, error);
   checkpoint->tensors = grown;
   json_object_foreach(header, key, entry) {
     if (strcmp(key, "__metadata__") == 0) {
-      if (metadata_check(shard->path, entry, error)) return error->code;
+      if (metadata_check(file->path, entry, error)) return error->code;
       continue;
     }
     struct tensor *tensor = &grown[checkpoint->tensor_count];
-    *tensor = (struct tensor){.name = strdup(key), .path = shard->path, .file = shard->map, .file_bytes = shard->bytes};
-    if (!tensor->name) return out_of_memory(shard->path, error);
+    *tensor = (struct tensor){.name = strdup(key), .path = file->path, .file = file};
+    if (!tensor->name) return out_of_memory(file->path, error);
     checkpoint->tensor_count++;
-    if (tensor_parse(tensor, entry, data, data_bytes, error)) return error->code;
+    if (tensor_parse(tensor, entry, data, error)) return error->code;
   }
-  return layout_check(grown + first, checkpoint->tensor_count - first, shard->path, data, data_bytes, error);
+  return layout_check(grown + first, checkpoint->tensor_count - first, file, data, error);
 }
 
-/* Finds the header of a mapped file: *length bytes behind the first eight. */
-static int header_find(const struct shard *shard, size_t *length, struct error *error) {
+/* Finds the header: *length bytes behind the first eight. */
+static int header_find(const struct input_file *file, size_t *length, struct error *error) {
+  unsigned char first[LENGTH_BYTES];
   uint64_t bytes = 0;
-  if (shard->bytes < LENGTH_BYTES) {
-    return error_set(error, ERROR_INPUT, "%s: holds %zu bytes, too few for a safetensors file; download it again", shard->path,
-                     shard->bytes);
+  if (file->bytes < LENGTH_BYTES) {
+    return error_set(error, ERROR_INPUT, "%s: holds %zu bytes, too few for a safetensors file; download it again", file->path, file->bytes);
   }
-  for (int i = 0; i < LENGTH_BYTES; i++) bytes |= (uint64_t)shard->map[i] << (8 * i);
-  if (bytes > shard->bytes - LENGTH_BYTES) {
+  if (input_read(file, 0, LENGTH_BYTES, first, error)) return error->code;
+  for (int i = 0; i < LENGTH_BYTES; i++) bytes |= (uint64_t)first[i] << (8 * i);
+  if (bytes > file->bytes - LENGTH_BYTES) {
     return error_set(error, ERROR_INPUT,
                      "%s: header length %llu is beyond the file's %zu bytes; not a safetensors file, or cut short: download it again",
-                     shard->path, (unsigned long long)bytes, shard->bytes);
+                     file->path, (unsigned long long)bytes, file->bytes);
   }
   if (bytes > MAX_JSON_BYTES) {
     return error_set(error, ERROR_INPUT, "%s: header length %llu is above the format's limit of %d bytes; not a safetensors file",
-                     shard->path, (unsigned long long)bytes, MAX_JSON_BYTES);
+                     file->path, (unsigned long long)bytes, MAX_JSON_BYTES);
   }
   *length = (size_t)bytes;
   return 0;
 }
 
-/* Maps one file and adds its tensors. The checkpoint owns `path` whatever comes of it. */
+/* Reads and parses an object of JSON text in a file; NULL with the error set. */
+static json_t *object_read(const struct input_file *file, size_t offset, size_t length, struct error *error) {
+  char *text = malloc(length + 1);
+  json_t *object = NULL;
+  if (!text)
+    out_of_memory(file->path, error);
+  else if (!input_read(file, offset, length, text, error))
+    object = object_parse(file->path, text, length, error);
+  free(text);
+  return object;
+}
+
+/* Opens one file and adds its tensors. The checkpoint owns `path` whatever comes of it. */
 static int shard_add(struct safetensors *checkpoint, char *path, bool *missing, struct error *error) {
-  struct shard *grown = path ? realloc(checkpoint->shards, (checkpoint->shard_count + 1) * sizeof *grown) : NULL;
+  struct shard **grown = path ? realloc(checkpoint->shards, (checkpoint->shard_count + 1) * sizeof *grown) : NULL;
+  struct shard *shard = grown ? calloc(1, sizeof *shard) : NULL;
   size_t length = 0;
-  if (!grown) {
+  if (grown) checkpoint->shards = grown;
+  if (!shard) {
     free(path);
     return out_of_memory("checkpoint", error);
   }
-  checkpoint->shards = grown;
-  struct shard *shard = &grown[checkpoint->shard_count++];
-  *shard = (struct shard){.path = path};
-  int failed = file_map(path, shard, missing, error);
-  if (!failed) failed = header_find(shard, &length, error);
+  grown[checkpoint->shard_count++] = shard;
+  shard->path = path;
+  int failed = input_open(&shard->file, path, missing, error);
+  if (!failed) failed = header_find(&shard->file, &length, error);
   if (failed) return failed;
-  json_t *header = object_parse(path, shard->map + LENGTH_BYTES, length, error);
+  json_t *header = object_read(&shard->file, LENGTH_BYTES, length, error);
   if (!header) return error->code;
-  failed = header_parse(checkpoint, shard, header, shard->map + LENGTH_BYTES + length, error);
+  failed = header_parse(checkpoint, &shard->file, header, LENGTH_BYTES + length, error);
   json_decref(header);
   return failed;
 }
@@ -300,12 +270,7 @@ static const char *base_name(const char *path) {
   return slash ? slash + 1 : path;
 }
 
-static char *path_join(const char *folder, const char *name) {
-  char *path;
-  return asprintf(&path, "%s/%s", folder, name) < 0 ? NULL : path;
-}
-
-/* Maps every shard that weight_map names, once. */
+/* Opens every shard that weight_map names, once. */
 static int shards_add(struct safetensors *checkpoint, const char *folder, const char *index, json_t *weight_map, struct error *error) {
   const char *key;
   json_t *value, *seen = json_object();
@@ -319,7 +284,7 @@ static int shards_add(struct safetensors *checkpoint, const char *folder, const 
                          index, printable(key).text, printable(name ? name : "").text);
       continue;
     }
-    failed = shard_add(checkpoint, path_join(folder, name), &missing, error);
+    failed = shard_add(checkpoint, path_join(folder, name, error), &missing, error);
     if (missing) {
       failed = error_set(error, ERROR_INPUT, "%s: weight_map '%s': there is no file '%s' in this folder; download it", index,
                          printable(key).text, printable(name).text);
@@ -346,15 +311,15 @@ static int weight_map_check(const struct safetensors *checkpoint, const char *in
 
 /* *missing: there is no index. */
 static int index_open(struct safetensors *checkpoint, const char *folder, const char *path, bool *missing, struct error *error) {
-  struct shard file = {0};
+  struct input_file file;
   json_t *index = NULL, *weight_map;
-  int failed = file_map(path, &file, missing, error);
+  int failed = input_open(&file, path, missing, error);
   if (failed) return failed;
   if (file.bytes > MAX_JSON_BYTES) {
     failed = error_set(error, ERROR_INPUT, "%s: holds %zu bytes, more than an index can; download it again", path, file.bytes);
     goto done;
   }
-  index = object_parse(path, file.map ? file.map : (const unsigned char *)"", file.bytes, error);
+  index = object_read(&file, 0, file.bytes, error);
   if (!index) {
     failed = error->code;
     goto done;
@@ -369,18 +334,18 @@ static int index_open(struct safetensors *checkpoint, const char *folder, const 
   if (!failed) failed = weight_map_check(checkpoint, path, weight_map, error);
 done:
   json_decref(index);
-  file_unmap(&file);
+  input_close(&file);
   return failed;
 }
 
 /* The plain file first, as the Hugging Face loader has it, then the index. */
 static int folder_open(struct safetensors *checkpoint, const char *folder, struct error *error) {
   bool no_file = false, no_index = false;
-  int failed = shard_add(checkpoint, path_join(folder, "model.safetensors"), &no_file, error);
+  int failed = shard_add(checkpoint, path_join(folder, "model.safetensors", error), &no_file, error);
   if (!failed) failed = names_sort(checkpoint, error);
   if (!no_file) return failed;
-  char *index = path_join(folder, INDEX_NAME);
-  failed = index ? index_open(checkpoint, folder, index, &no_index, error) : out_of_memory(folder, error);
+  char *index = path_join(folder, INDEX_NAME, error);
+  failed = index ? index_open(checkpoint, folder, index, &no_index, error) : error->code;
   free(index);
   if (!no_index) return failed;
   if (access(folder, F_OK) != 0) return error_set(error, ERROR_INPUT, "%s: no such folder", folder);
@@ -427,39 +392,17 @@ const struct tensor *safetensors_at(const struct safetensors *checkpoint, size_t
   return &checkpoint->tensors[i];
 }
 
-/* Cuts [offset, offset + length) to the tensor; false if nothing is left. */
-static bool range_of(const struct tensor *tensor, size_t offset, size_t length, uintptr_t *begin, uintptr_t *end) {
-  if (offset >= tensor->bytes) return false;
-  if (length > tensor->bytes - offset) length = tensor->bytes - offset;
-  *begin = (uintptr_t)tensor->data + offset;
-  *end = *begin + length;
-  return length > 0;
-}
-
-void safetensors_prefetch(const struct tensor *tensor, size_t offset, size_t length) {
-  uintptr_t begin, end, page = (uintptr_t)sysconf(_SC_PAGESIZE);
-  if (!range_of(tensor, offset, length, &begin, &end)) return;
-  begin -= begin % page;
-  madvise((void *)begin, end - begin, MADV_WILLNEED);
-}
-
-/* Neighbours that are in use lose pages with it, which come in again when they are touched. */
-void safetensors_release(const struct tensor *tensor, size_t offset, size_t length) {
-  uintptr_t begin, end, file = (uintptr_t)tensor->file;
-  if (!range_of(tensor, offset, length, &begin, &end)) return;
-  begin -= begin % AROUND_BYTES;
-  end += AROUND_BYTES - end % AROUND_BYTES;
-  if (begin < file) begin = file;
-  if (end > file + tensor->file_bytes) end = file + tensor->file_bytes;
-  madvise((void *)begin, end - begin, MADV_DONTNEED);
+int safetensors_read(const struct tensor *tensor, size_t offset, size_t bytes, void *to, struct error *error) {
+  return input_read(tensor->file, tensor->offset + offset, bytes, to, error);
 }
 
 void safetensors_close(struct safetensors *checkpoint) {
   if (!checkpoint) return;
   for (size_t i = 0; i < checkpoint->tensor_count; i++) free((char *)checkpoint->tensors[i].name);
   for (size_t i = 0; i < checkpoint->shard_count; i++) {
-    file_unmap(&checkpoint->shards[i]);
-    free(checkpoint->shards[i].path);
+    input_close(&checkpoint->shards[i]->file);
+    free(checkpoint->shards[i]->path);
+    free(checkpoint->shards[i]);
   }
   free(checkpoint->tensors);
   free(checkpoint->shards);

@@ -1,5 +1,4 @@
-/* safetensors.h: a checkpoint folder (model.safetensors, or shards behind model.safetensors.index.json), mapped into memory.
- * Nothing is read but the headers; a tensor's pages come in when its bytes are touched and go when they are released. */
+/* safetensors.h: a checkpoint folder (model.safetensors, or shards behind model.safetensors.index.json). Opening it reads the headers alone. */
 #ifndef OMNIQUANT_SAFETENSORS_H
 #define OMNIQUANT_SAFETENSORS_H
 
@@ -17,15 +16,16 @@ struct tensor {
   enum dtype dtype;                     /* DTYPE_OTHER for integers, F64 and so on: listed, never read */
   int dimensions;                       /* 0 .. TENSOR_MAX_DIMENSIONS */
   int64_t shape[TENSOR_MAX_DIMENSIONS]; /* row-major, slowest first */
-  const void *data;                     /* in the mapping; not aligned to more than one byte */
-  size_t bytes;                         /* of data */
-  const void *file;                     /* mapping that data lies in */
-  size_t file_bytes;                    /* of the mapping */
+  size_t bytes;                         /* of its values */
+  size_t offset;                        /* of these in the file */
+  const struct input_file *file;        /* owned by the checkpoint */
 };
+
+struct input_file;
 
 struct safetensors; /* an open checkpoint */
 
-/* Maps every file of the checkpoint (model.safetensors if there is one, else the shards of the index) and checks its header: length against
+/* Opens every file of the checkpoint (model.safetensors if there is one, else the shards of the index) and checks its header: length against
  * the file's size, JSON, dtypes, shapes against offsets, overlaps, holes, and names that appear twice. Shard names must be plain file names
  * inside the folder. On failure *checkpoint is NULL and the error (ERROR_INPUT) names the file, the tensor and the mend. */
 int safetensors_open(const char *folder,              /* with model.safetensors or model.safetensors.index.json */
@@ -42,11 +42,10 @@ const struct tensor *safetensors_find(const struct safetensors *checkpoint, cons
 size_t safetensors_count(const struct safetensors *checkpoint);
 const struct tensor *safetensors_at(const struct safetensors *checkpoint, size_t i);
 
-/* Asks the kernel to begin reading bytes [offset, offset + length) of a tensor, and to drop them from memory again. Hints: never fail. */
-void safetensors_prefetch(const struct tensor *tensor, size_t offset, size_t length);
-void safetensors_release(const struct tensor *tensor, size_t offset, size_t length);
+/* Reads bytes [offset, offset + bytes) of a tensor's values, which must be inside of it. Any thread. Errors: those of input_read (file.h). */
+int safetensors_read(const struct tensor *tensor, size_t offset, size_t bytes, void *to, struct error *error);
 
-/* Unmaps and frees; NULL is allowed. */
+/* Closes and frees; NULL is allowed. */
 void safetensors_close(struct safetensors *checkpoint);
 
 #endif

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "block_file.h"
+#include "file.h"
 #include "hdf5_util.h"
 #include "printable.h"
 
@@ -29,14 +30,6 @@ struct store {
 };
 
 /* ---- names ---- */
-
-/* FOLDER/NAME, freed by the caller; NULL with the error set. */
-static char *path_join(const char *folder, const char *name, struct error *error) {
-  char *path;
-  if (asprintf(&path, "%s/%s", folder, name) >= 0) return path;
-  error_set(error, ERROR_WORK, "%s: out of memory", folder);
-  return NULL;
-}
 
 struct block_name {
   char text[32];

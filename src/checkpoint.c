@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "file.h"
 #include "safetensors.h"
 
 enum { FIRST_POSITION = 2 }; /* row of the table of learned positions that a sample begins with; those before are for padding */
@@ -18,26 +19,27 @@ struct checkpoint {
   double test_delay_seconds; /* OMNIQUANT_TEST_READ_SECONDS: what reading a block is made to take longer, to measure overlap */
 };
 
+/* config.json as it stands. */
 static char *read_text(const char *path, struct error *error) {
   enum { LARGEST = 1 << 24 };
-  FILE *file = fopen(path, "rb");
-  char *text = file ? malloc(LARGEST + 1) : NULL;
-  size_t length = text ? fread(text, 1, LARGEST + 1, file) : 0;
-  if (!file || (text && ferror(file))) {
-    error_set(error, ERROR_INPUT, "%s: cannot be read (%m); --model needs a folder with config.json and safetensors", path);
-  } else if (!text) {
-    error_set(error, ERROR_WORK, "out of memory reading %s", path);
-  } else if (length > LARGEST || memchr(text, 0, length)) {
-    error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
-  }
-  if (file) fclose(file);
-  if (error->code) {
-    free(text);
+  struct input_file file;
+  bool missing = false;
+  char *text = NULL;
+  if (input_open(&file, path, &missing, error)) {
+    if (missing)
+      error_set(error, ERROR_INPUT, "%s: No such file or directory; --model needs a folder with config.json and safetensors", path);
     return NULL;
   }
-  text[length] = 0;
-  char *fitted = realloc(text, length + 1);
-  return fitted ? fitted : text;
+  if (file.bytes > LARGEST)
+    error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
+  else if (!(text = calloc(file.bytes + 1, 1)))
+    error_set(error, ERROR_WORK, "out of memory reading %s", path);
+  else if (!input_read(&file, 0, file.bytes, text, error) && memchr(text, 0, file.bytes))
+    error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
+  input_close(&file);
+  if (!error->code) return text;
+  free(text);
+  return NULL;
 }
 
 /* Where transformers saved a model without its head, names begin after the first point of the embedding's. */
@@ -193,15 +195,17 @@ static void test_delay(const struct checkpoint *checkpoint) {
 }
 
 /* Copies elements [first, first + count) of a tensor as `dtype`. */
-static void copy_elements(void *to, enum dtype dtype, const struct tensor *tensor, int64_t first, int64_t count) {
-  size_t offset = (size_t)first * dtype_size(tensor->dtype), bytes = (size_t)count * dtype_size(tensor->dtype);
-  const char *from = (const char *)tensor->data + offset;
-  safetensors_prefetch(tensor, offset, bytes);
-  if (tensor->dtype == dtype)
-    memcpy(to, from, bytes);
-  else
-    convert(to, from, tensor->dtype, count);
-  safetensors_release(tensor, offset, bytes);
+static int copy_elements(void *to, enum dtype dtype, const struct tensor *tensor, int64_t first, int64_t count, struct error *error) {
+  enum { PIECE = 1 << 14 };
+  size_t size = dtype_size(tensor->dtype), offset = (size_t)first * size;
+  char piece[PIECE * sizeof(float)];
+  if (tensor->dtype == dtype) return safetensors_read(tensor, offset, (size_t)count * size, to, error);
+  for (int64_t done = 0; done < count && !error->code; done += PIECE) {
+    int64_t length = count - done < PIECE ? count - done : PIECE;
+    if (!safetensors_read(tensor, offset + (size_t)done * size, (size_t)length * size, piece, error))
+      convert((float *)to + done, piece, tensor->dtype, length);
+  }
+  return error->code;
 }
 
 int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct model *model, int block, int index, void *image,
@@ -213,8 +217,9 @@ int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct mod
   int64_t rows = matrix ? part->rows : part->columns, columns = matrix ? part->columns : 1;
   char *to = (char *)image + part->image_offset;
   for (int64_t row = 0; row < rows; row += part->source.run)
-    copy_elements(to + (size_t)(row * columns) * dtype_size(part->dtype), part->dtype, tensor, source_row(&part->source, row) * columns,
-                  part->source.run * columns);
+    if (copy_elements(to + (size_t)(row * columns) * dtype_size(part->dtype), part->dtype, tensor, source_row(&part->source, row) * columns,
+                      part->source.run * columns, error))
+      return error->code;
   return all_finite(to, part->dtype, rows * columns) ? 0 : not_finite(tensor, error);
 }
 
@@ -228,7 +233,7 @@ int checkpoint_read_block(const struct checkpoint *checkpoint, const struct mode
 /* Rows [first, first + count) of a matrix, or a vector as its row 0, as fp32. */
 static int read_rows(const struct tensor *tensor, int64_t first, int64_t count, float *out, struct error *error) {
   int64_t columns = tensor->shape[tensor->dimensions - 1];
-  copy_elements(out, DTYPE_F32, tensor, first * columns, count * columns);
+  if (copy_elements(out, DTYPE_F32, tensor, first * columns, count * columns, error)) return error->code;
   return all_finite(out, DTYPE_F32, count * columns) ? 0 : not_finite(tensor, error);
 }
 
@@ -239,15 +244,14 @@ static int read_outside(const struct checkpoint *checkpoint, enum outside which,
   return read_rows(tensor, 0, tensor->dimensions == 2 ? tensor->shape[0] : 1, out, error);
 }
 
-/* The embedding's rows of these tokens; its pages are given back once. */
+/* The embedding's rows of these tokens. */
 static int read_embeddings(const struct checkpoint *checkpoint, const int32_t *ids, int64_t count, float *out, /* [count, embedding] */
                            struct error *error) {
   const struct tensor *table = find_outside(checkpoint, OUTSIDE_EMBEDDING, error);
   if (!table) return error->code;
   int64_t columns = checkpoint->model.embedding;
   for (int64_t i = 0; i < count; i++)
-    convert(out + i * columns, (const char *)table->data + (size_t)(ids[i] * columns) * dtype_size(table->dtype), table->dtype, columns);
-  safetensors_release(table, 0, table->bytes);
+    if (copy_elements(out + i * columns, DTYPE_F32, table, ids[i] * columns, columns, error)) return error->code;
   return all_finite(out, DTYPE_F32, count * columns) ? 0 : not_finite(table, error);
 }
 

@@ -177,7 +177,10 @@ static inline struct safetensors *expected_open(const char *folder, const char *
 static inline void *expected_bytes(struct memory *memory, const struct safetensors *file, size_t bytes, const char *name) {
   const struct tensor *tensor = safetensors_find(file, name);
   if (!tensor || tensor->bytes != bytes) fail_msg("%s: not in the fixture, or not of %zu bytes", name, bytes);
-  return memcpy(host(memory, (int64_t)bytes, 1), tensor->data, bytes);
+  struct error error = {0};
+  void *copy = host(memory, (int64_t)bytes, 1);
+  if (safetensors_read(tensor, 0, bytes, copy, &error)) fail_msg("%s", error.message);
+  return copy;
 }
 
 static inline float *expected_floats(struct memory *memory, const struct safetensors *file, int64_t count, const char *format, ...)

@@ -65,13 +65,17 @@ static int run_expected(char **arguments) {
   if (safetensors_open_file(arguments[1], &file, &error)) return say(error.message, "");
   const struct tensor *ids = safetensors_find(file, "input_ids"), *losses = safetensors_find(file, "nll");
   if (!ids || !losses) return say("has no input_ids or nll", arguments[1]);
-  for (int64_t i = 0; i < losses->shape[0]; i++) {
-    float value;
-    memcpy(&value, (const char *)losses->data + (size_t)i * sizeof value, sizeof value);
+  for (int64_t i = 0; i < losses->shape[0] && !error.code; i++) {
+    float value = 0;
+    safetensors_read(losses, (size_t)i * sizeof value, sizeof value, &value, &error);
     nll += value;
   }
   printf("%.9g\n", exp(nll / (double)losses->shape[0]));
-  int failed = write_tokens(arguments[0], ids->data, ids->bytes / sizeof(uint32_t));
+  uint32_t *tokens = malloc(ids->bytes + 1);
+  int failed = !tokens || error.code || safetensors_read(ids, 0, ids->bytes, tokens, &error)
+                   ? say("cannot be read", arguments[1])
+                   : write_tokens(arguments[0], tokens, ids->bytes / sizeof(uint32_t));
+  free(tokens);
   safetensors_close(file);
   return failed;
 }

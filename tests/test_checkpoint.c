@@ -31,10 +31,10 @@ static void fixture_close(struct fixture *f) {
   safetensors_close(f->weights);
 }
 
-static const void *expected(const struct fixture *f, const char *name) {
+static void expected(const struct fixture *f, const char *name, size_t offset, size_t bytes, void *to) {
+  struct error error = {0};
   const struct tensor *tensor = safetensors_find(f->expected, name);
-  if (!tensor) fail_msg("no %s", name);
-  return tensor->data;
+  if (!tensor || safetensors_read(tensor, offset, bytes, to, &error)) fail_msg("%s: %s", name, error.message);
 }
 
 /* A tensor of the checkpoint, whose names may lack "model.". */
@@ -45,16 +45,23 @@ static const struct tensor *weight(const struct fixture *f, const char *name) {
   return tensor;
 }
 
-/* Element i of a tensor of the checkpoint, whatever its type. */
-static float element(const struct tensor *tensor, int64_t i) {
+/* One element in any of the types. */
+static float element_at(enum dtype dtype, const void *bytes) {
   uint16_t half;
   float value;
-  if (tensor->dtype == DTYPE_F32) {
-    memcpy(&value, (const char *)tensor->data + 4 * i, 4);
-    return value;
-  }
-  memcpy(&half, (const char *)tensor->data + 2 * i, 2);
-  return tensor->dtype == DTYPE_F16 ? half_to_float(half) : bf16_to_float(half);
+  memcpy(&value, bytes, dtype == DTYPE_F32 ? 4 : 0);
+  if (dtype == DTYPE_F32) return value;
+  memcpy(&half, bytes, 2);
+  return dtype == DTYPE_F16 ? half_to_float(half) : bf16_to_float(half);
+}
+
+/* Element i of a tensor of the checkpoint. */
+static float element(const struct tensor *tensor, int64_t i) {
+  struct error error = {0};
+  size_t size = dtype_size(tensor->dtype);
+  char bytes[4];
+  if (safetensors_read(tensor, (size_t)i * size, size, bytes, &error)) fail_msg("%s", error.message);
+  return element_at(tensor->dtype, bytes);
 }
 
 static void embedding_is_that_of_transformers(void **context) {
@@ -67,8 +74,8 @@ static void embedding_is_that_of_transformers(void **context) {
     float *got = malloc((size_t)count * sizeof *got), *want = malloc((size_t)count * sizeof *want), largest = 0;
     int32_t ids[TOKENS];
     for (int sample = 0; sample < SAMPLES; sample++) {
-      memcpy(ids, (const char *)expected(&f, "input_ids") + sizeof ids * (size_t)sample, sizeof ids);
-      memcpy(want, (const char *)expected(&f, "hidden.0") + (size_t)(sample * count) * sizeof *want, (size_t)count * sizeof *want);
+      expected(&f, "input_ids", sizeof ids * (size_t)sample, sizeof ids, ids);
+      expected(&f, "hidden.0", (size_t)(sample * count) * sizeof *want, (size_t)count * sizeof *want, want);
       if (checkpoint_embed(f.checkpoint, ids, TOKENS, got, &error)) fail_msg("%s", error.message);
       for (int64_t k = 0; k < count; k++) largest = fmaxf(largest, fabsf(got[k] - want[k]) / (fabsf(want[k]) + 0.1f));
       /* Sums are in another order only where embeddings are projected. */
@@ -98,13 +105,14 @@ static void images_hold_the_rows_of_the_checkpoint(void **context) {
       char name[128];
       snprintf(name + snprintf(name, 64, model_names(&wide)->block_prefix, 1), 64, "%s", part->name);
       const struct tensor *tensor = weight(&f, name);
-      struct tensor as_read = {.dtype = f.model.tensor[t].dtype, .data = narrow + f.model.tensor[t].image_offset};
+      enum dtype dtype = f.model.tensor[t].dtype;
+      const char *as_read = narrow + f.model.tensor[t].image_offset;
       const float *got = (const float *)(const void *)(image + part->image_offset);
       int64_t width = part->dimensions == 2 ? part->columns : 1, rows = part->rows * part->columns / width;
       for (int64_t row = 0; row < rows; row++)
         for (int64_t c = 0; c < width; c++) {
           assert_true(got[row * width + c] == element(tensor, source_row(&part->source, row) * width + c));
-          assert_true(got[row * width + c] == element(&as_read, row * width + c));
+          assert_true(got[row * width + c] == element_at(dtype, as_read + (size_t)(row * width + c) * dtype_size(dtype)));
         }
     }
     free(image);
