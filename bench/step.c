@@ -142,7 +142,7 @@ int main(int argc, char **argv) {
   block_load(&block, image);
   uint32_t state = 7;
   for (int64_t i = 0; i < elements; i++) ((float *)learner.x_q)[i] = ((float *)target.x)[i] = uniform(&state);
-  target_pass(&target);
+  target_pass(&target, true);
 
   struct products products = {0};
   block.quantizer = recipe.activations;

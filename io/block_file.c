@@ -6,16 +6,16 @@
 #include <string.h>
 
 #include "printable.h"
+#include "store_attributes.h"
 
 enum {
   PATH_BYTES = 128,      /* "calibration/" or a linear's name and "/zero_point", around a name of 95 bytes */
   CHUNK_BYTES = 1 << 20, /* HDF5's chunk cache holds this much */
   MAX_WORLD = 1 << 24,   /* ranks: only to tell damage from a number */
-  MAX_EXPERTS = 1 << 24, /* of a block, likewise */
-  MAX_ATTRIBUTES = 32    /* of /block: beyond it HDF5 would move them out of the object's header, into a heap */
+  MAX_EXPERTS = 1 << 24  /* of a block, likewise */
 };
 static const int64_t MAX_SIZE = (int64_t)1 << 40; /* of a dimension: products of two stay below 2^63 after the check against bytes */
-static const char CALIBRATION[] = "calibration";
+static const char CALIBRATION[] = "calibration", RUN[] = "run";
 
 /* The types of datasets. */
 enum element { ELEMENT_U8, ELEMENT_HALF, ELEMENT_F32 };
@@ -168,19 +168,9 @@ static int attributes_write(const struct hdf5_site *site, hid_t block, const str
   return failed;
 }
 
-/* The group /block; negative with the error set on failure. */
-static hid_t group_make(const struct hdf5_site *site, hid_t file) {
-  hid_t creation = H5Pcreate(H5P_GROUP_CREATE), block = -1;
-  if (creation >= 0 && H5Pset_attr_phase_change(creation, MAX_ATTRIBUTES, 0) >= 0)
-    block = H5Gcreate2(file, "block", H5P_DEFAULT, creation, H5P_DEFAULT);
-  if (block < 0) hdf5_write_failed(site, "block");
-  hdf5_close(creation);
-  return block;
-}
-
 static int block_write(const struct hdf5_site *site, hid_t file, const struct block_record *record) {
   char path[PATH_BYTES];
-  hid_t block = group_make(site, file);
+  hid_t block = hdf5_make_group(site, file, "block");
   if (block < 0) return site->error->code;
   int failed = attributes_write(site, block, record);
   for (int i = 0; i < record->linears && !failed; i++) failed = linear_write(site, block, &record->linear[i]);
@@ -197,13 +187,22 @@ static int block_write(const struct hdf5_site *site, hid_t file, const struct bl
   return failed;
 }
 
-int block_file_make(const char *path, const struct block_record *record, struct hdf5_image *image, struct error *error) {
+static int run_write(const struct hdf5_site *site, hid_t file, const struct store_info *info) {
+  hid_t run = hdf5_make_group(site, file, RUN);
+  int failed = run < 0 ? site->error->code : store_attributes_write(site, run, info);
+  hdf5_close(run);
+  return failed;
+}
+
+int block_file_make(const char *path, const struct block_record *record, const struct store_info *info, struct hdf5_image *image,
+                    struct error *error) {
   struct hdf5_site site = {path, error};
   *image = (struct hdf5_image){0};
-  if (record_check(&site, record)) return error->code;
+  if (record_check(&site, record) || store_attributes_check(&site, info)) return error->code;
   hdf5_enter();
   hid_t file = hdf5_create(&site, image);
   int failed = file < 0 ? error->code : block_write(&site, file, record);
+  if (!failed) failed = run_write(&site, file, info);
   if (file >= 0 && hdf5_finish(&site, file, image)) failed = error->code;
   hdf5_leave();
   if (failed) {
@@ -268,12 +267,8 @@ static herr_t entry_add(hid_t block, const char *path, const H5L_info_t *info, v
 
 /* Opens /block of the file, which must be in this file and not a link out of it. */
 static int reader_open(struct reader *reader, hid_t file) {
-  H5L_info_t info;
-  if (H5Lget_info(file, "block", &info, H5P_DEFAULT) < 0 || info.type != H5L_TYPE_HARD) {
-    return reader_refuse(reader, "block", "there is no such group");
-  }
-  reader->block = H5Gopen2(file, "block", H5P_DEFAULT);
-  if (reader->block < 0) return hdf5_read_failed(&reader->site, "block");
+  reader->block = hdf5_open_group(&reader->site, file, "block");
+  if (reader->block < 0) return reader->site.error->code;
   if (H5Lvisit(reader->block, H5_INDEX_NAME, H5_ITER_INC, entry_add, reader) < 0) return hdf5_read_failed(&reader->site, "block");
   return 0;
 }
@@ -446,9 +441,8 @@ static int entries_read(struct reader *reader, struct block_record *record) {
 static int untrained_read(struct reader *reader, int *untrained) {
   static const char name[] = "untrained_experts";
   int64_t value = 0;
-  htri_t there = H5Aexists(reader->block, name);
-  int failed = there < 0 ? hdf5_read_failed(&reader->site, name) : 0;
-  if (there > 0) failed = hdf5_read_integer(&reader->site, reader->block, ".", name, 0, MAX_EXPERTS, &value);
+  int failed = 0;
+  if (hdf5_has_attribute(reader->block, name)) failed = hdf5_read_integer(&reader->site, reader->block, ".", name, 0, MAX_EXPERTS, &value);
   *untrained = (int)value;
   return failed;
 }
@@ -477,20 +471,37 @@ static int attributes_read(struct reader *reader, int index, struct block_record
   return failed;
 }
 
-int block_file_read(const char *path, int index, struct block_record *record, struct error *error) {
+/* Files of earlier versions do not say of which run they are. */
+static int run_read(const struct hdf5_site *site, hid_t file, struct store_info *info) {
+  if (H5Lexists(file, RUN, H5P_DEFAULT) == 0) return 0;
+  hid_t run = hdf5_open_group(site, file, RUN);
+  int failed = run < 0 ? site->error->code : store_attributes_read(site, run, info);
+  hdf5_close(run);
+  return failed;
+}
+
+static int record_read(struct reader *reader, hid_t file, int index, struct block_record *record) {
+  int failed = reader_open(reader, file);
+  if (!failed) failed = attributes_read(reader, index, record);
+  if (!failed) failed = entries_read(reader, record);
+  hdf5_close(reader->block);
+  free(reader->entries);
+  if (failed) block_record_free(record);
+  return failed;
+}
+
+int block_file_read(const char *path, int index, struct block_record *record, struct store_info *info, struct error *error) {
   struct reader reader = {.site = {path, error}, .block = -1};
-  *record = (struct block_record){0};
+  *info = (struct store_info){0};
+  if (record) *record = (struct block_record){0};
   hdf5_enter();
   hid_t file = hdf5_open(&reader.site, &reader.file_bytes);
   reader.budget_bytes = reader.file_bytes;
-  int failed = file < 0 ? error->code : reader_open(&reader, file);
-  if (!failed) failed = attributes_read(&reader, index, record);
-  if (!failed) failed = entries_read(&reader, record);
-  hdf5_close(reader.block);
+  int failed = file < 0 ? error->code : run_read(&reader.site, file, info);
+  if (!failed && record) failed = record_read(&reader, file, index, record);
   hdf5_close(file);
   hdf5_leave();
-  free(reader.entries);
-  if (failed) block_record_free(record);
+  if (failed) store_info_free(info);
   return failed;
 }
 

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
@@ -176,6 +177,79 @@ void folder_sweep(const char *folder) {
   while (stream && (entry = readdir(stream)))
     if (is_temporary(entry->d_name)) unlinkat(dirfd(stream), entry->d_name, 0);
   if (stream) closedir(stream);
+}
+
+int folder_make(const char *folder, size_t *made, struct error *error) {
+  char *path = strdup(folder);
+  int failed = path ? 0 : error_set(error, ERROR_WORK, "%s: out of memory", folder);
+  *made = 0;
+  for (size_t i = 1; !failed && i <= strlen(folder); i++) {
+    if (folder[i] != '/' && folder[i] != 0) continue;
+    path[i] = 0;
+    if (mkdir(path, 0777) == 0) {
+      if (!*made) *made = i;
+    } else if (errno != EEXIST) {
+      failed = error_set(error, ERROR_INPUT, "%s: cannot be made: %s; choose another --output", path, strerror(errno));
+    }
+    path[i] = folder[i];
+  }
+  free(path);
+  return failed;
+}
+
+void folder_unmake(const char *folder, size_t made) {
+  char *path = made ? strdup(folder) : NULL;
+  for (size_t i = path ? strlen(path) : 0; i >= made && i > 0; i--) {
+    if (folder[i] != '/' && folder[i] != 0) continue;
+    path[i] = 0;
+    if (rmdir(path) != 0) break;
+  }
+  free(path);
+}
+
+/* Whether the lock file is still the one that stands in the folder: who unlocks removes it. */
+static bool lock_stands(const struct folder_lock *lock) {
+  struct stat ours, there;
+  return fstat(lock->fd, &ours) == 0 && stat(lock->path, &there) == 0 && ours.st_ino == there.st_ino && ours.st_dev == there.st_dev;
+}
+
+/* One try: 0 done (or no locks here), else the reason. */
+static int lock_try(struct folder_lock *lock) {
+  lock->fd = open(lock->path, O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+  if (lock->fd < 0) return errno;
+  if (flock(lock->fd, LOCK_EX | LOCK_NB) == 0 && lock_stands(lock)) return 0;
+  int reason = errno;
+  bool held = reason == EWOULDBLOCK || !lock_stands(lock);
+  if (!held) return 0; /* the file system has no locks */
+  close(lock->fd);
+  return EWOULDBLOCK;
+}
+
+int folder_lock(const char *folder, struct folder_lock *lock, struct error *error) {
+  enum { LOCK_TRIES = 20, PAUSE_MS = 100 };
+  int reason = EWOULDBLOCK;
+  *lock = (struct folder_lock){path_join(folder, FOLDER_LOCK_NAME, error), -1};
+  if (!lock->path) return error->code;
+  for (int i = 0; i < LOCK_TRIES && reason == EWOULDBLOCK; i++) {
+    if (i > 0) nanosleep(&(struct timespec){.tv_nsec = PAUSE_MS * 1000000}, NULL);
+    reason = lock_try(lock);
+  }
+  if (!reason) return 0;
+  if (reason == EWOULDBLOCK)
+    error_set(error, ERROR_INPUT, "%s: another omniquant is writing here; wait for its end or choose another --output", folder);
+  else
+    error_set(error, ERROR_INPUT, "%s: cannot be used as output: %s; choose another --output", folder, strerror(reason));
+  free(lock->path);
+  *lock = (struct folder_lock){0};
+  return error->code;
+}
+
+void folder_unlock(struct folder_lock *lock) {
+  if (!lock->path) return;
+  unlink(lock->path);
+  close(lock->fd);
+  free(lock->path);
+  *lock = (struct folder_lock){0};
 }
 
 int64_t folder_free_bytes(const char *folder) {

@@ -57,6 +57,26 @@ int file_write(const char *path, const void *bytes, size_t count, struct error *
 /* Removes what writers that were killed left in a folder. Only for who knows that no one writes there now. */
 void folder_sweep(const char *folder);
 
+/* Makes a folder and those above it. Errors: ERROR_INPUT. */
+int folder_make(const char *folder, size_t *made, /* receives bytes of the path to the first that was not there before, 0 for none */
+                struct error *error);
+
+/* Removes the folders that folder_make made, as far as nothing is in them. */
+void folder_unmake(const char *folder, size_t made);
+
+/* A folder that one process at a time may write, by a file in it that is locked while the process lives and goes when it unlocks.
+ * Zero-initialized: not locked. */
+#define FOLDER_LOCK_NAME ".omniquant-lock"
+struct folder_lock {
+  char *path;
+  int fd;
+};
+
+/* Waits a few seconds for a process that is just ending. A file system that has no locks: none is taken, without error.
+ * Errors: ERROR_INPUT when another process holds it or its file cannot be made. */
+int folder_lock(const char *folder, struct folder_lock *lock, struct error *error);
+void folder_unlock(struct folder_lock *lock);
+
 /* Bytes that may still be written where the folder is or will be; -1: unknown. */
 int64_t folder_free_bytes(const char *folder);
 

@@ -14,6 +14,7 @@
 
 enum {
   MAX_TEXT_BYTES = 1 << 24, /* of an attribute */
+  MAX_ATTRIBUTES = 32,      /* of a group: beyond it HDF5 would move them out of the object's header, into a heap */
   GROWTH_BYTES = 1 << 22    /* by which a file in memory grows */
 };
 
@@ -140,25 +141,34 @@ int hdf5_finish(const struct hdf5_site *site, hid_t file, struct hdf5_image *ima
   return failed;
 }
 
-int hdf5_image_write(const struct hdf5_site *site, const struct hdf5_image *image) {
-  size_t done = 0;
-  int fd = open(site->path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666), failed = fd < 0;
-  while (!failed && done < image->length) {
-    ssize_t written = write(fd, (const char *)image->bytes + done, image->length - done);
-    if (written > 0) done += (size_t)written;
-    failed = written == 0 || (written < 0 && errno != EINTR);
-  }
-  failed = failed || fsync(fd) != 0;
-  if (failed) failed = error_set(site->error, ERROR_WORK, "%s: cannot be written: %s", site->path, strerror(errno));
-  if (fd >= 0 && close(fd) != 0 && !failed) {
-    failed = error_set(site->error, ERROR_WORK, "%s: cannot be written: %s", site->path, strerror(errno));
-  }
-  if (failed) unlink(site->path);
-  return failed;
-}
-
 void hdf5_close(hid_t id) {
   if (id >= 0) H5Idec_ref(id);
+}
+
+hid_t hdf5_make_group(const struct hdf5_site *site, hid_t base, const char *name) {
+  hid_t creation = H5Pcreate(H5P_GROUP_CREATE), group = -1;
+  if (creation >= 0 && H5Pset_attr_phase_change(creation, MAX_ATTRIBUTES, 0) >= 0)
+    group = H5Gcreate2(base, name, H5P_DEFAULT, creation, H5P_DEFAULT);
+  if (group < 0) hdf5_write_failed(site, name);
+  hdf5_close(creation);
+  return group;
+}
+
+hid_t hdf5_open_group(const struct hdf5_site *site, hid_t base, const char *name) {
+  H5L_info_t info;
+  hid_t group = -1;
+  if (H5Lget_info(base, name, &info, H5P_DEFAULT) < 0 || info.type != H5L_TYPE_HARD) {
+    error_set(site->error, ERROR_INPUT, "%s: %s: there is no such group; the file is damaged or was not made by this program", site->path,
+              name);
+    return -1;
+  }
+  group = H5Gopen2(base, name, H5P_DEFAULT);
+  if (group < 0) hdf5_read_failed(site, name);
+  return group;
+}
+
+bool hdf5_has_attribute(hid_t base, const char *name) {
+  return H5Aexists(base, name) > 0;
 }
 
 /* The attribute as a message names it. */

@@ -3,6 +3,7 @@
 #define OMNIQUANT_HDF5_UTIL_H
 
 #include <hdf5.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -39,10 +40,6 @@ hid_t hdf5_create(const struct hdf5_site *site, struct hdf5_image *image /* fill
 /* Closes a file that was created, and gives its bytes to the image. */
 int hdf5_finish(const struct hdf5_site *site, hid_t file, struct hdf5_image *image);
 
-/* Writes the bytes to site->path, over an old file, and waits until they are on the disk. On failure (ERROR_WORK) no file is left. Not an
- * HDF5 call: other threads need not be kept waiting for it. */
-int hdf5_image_write(const struct hdf5_site *site, const struct hdf5_image *image);
-
 /* Closes any identifier; negative ones, from calls that failed, are ignored. */
 void hdf5_close(hid_t id);
 
@@ -50,6 +47,14 @@ void hdf5_close(hid_t id);
 int hdf5_write_integer(const struct hdf5_site *site, hid_t base, const char *where, const char *name, int64_t value);
 int hdf5_write_real(const struct hdf5_site *site, hid_t base, const char *where, const char *name, double value);
 int hdf5_write_text(const struct hdf5_site *site, hid_t base, const char *where, const char *name, const char *value);
+
+/* A group of few attributes, which are kept in the object's header, where a checksum covers them; negative with the error set. */
+hid_t hdf5_make_group(const struct hdf5_site *site, hid_t base, const char *name);
+
+/* Opens a group that lies in this file, not behind a link out of it; negative with the error set. */
+hid_t hdf5_open_group(const struct hdf5_site *site, hid_t base, const char *name);
+
+bool hdf5_has_attribute(hid_t base, const char *name);
 
 /* Read one back, its type and shape checked. */
 int hdf5_read_integer(const struct hdf5_site *site, hid_t base, const char *where, const char *name, /* as above */

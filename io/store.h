@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "error.h"
+#include "store_info.h"
 
 /* One quantized linear layer, host memory. */
 struct quantized_linear {
@@ -56,28 +57,27 @@ static inline int64_t packed_row_bytes(int64_t in_features, int bits) {
   return (in_features * bits + 7) / 8;
 }
 
-/* What the whole run is: attributes of the master file. */
-struct store_info {
-  char model_type[32];
-  const char *recipe;       /* JSON text, owned by the caller on create, by the store on open */
-  const char *model_config; /* JSON text: the checkpoint's config.json, same ownership */
-  char tokens_sha256[65];   /* calibration tokens; empty for none */
-  int blocks;               /* blocks of the whole model */
-};
-
 struct store; /* an open store */
 
-/* Makes OUT, OUT/blocks and OUT/omniquant.h5 for a new run. ERROR_INPUT if OUT holds another run or anything else than an empty
- * folder (nothing of it is touched), cannot be made, or if `info` is not fit to be stored; ERROR_WORK if the disk is full. A folder that
- * was made for it is removed again. *store is NULL on failure. */
+/* Makes OUT, OUT/blocks and OUT/omniquant.h5 for a run, or goes on with the run that OUT holds if it is the same (store_info_same); its
+ * master file may be damaged or missing as long as a block file tells of which run it is. What a killed writer left is removed. The folder
+ * is locked until store_close. ERROR_INPUT if OUT holds another run (the difference is named) or anything else, is in use by another
+ * process, cannot be made, or if `info` is not fit to be stored: nothing of it is touched then. ERROR_WORK if the disk is full. *store is
+ * NULL on failure. */
 int store_create(const char *folder, const struct store_info *info, struct store **store, struct error *error);
 
 /* Opens a store to read. ERROR_INPUT if it is not one, is of an unknown version, or a link leads outside the folder. */
 int store_open(const char *folder, struct store **store, struct error *error);
 
+/* The same where the master file is damaged or missing: by what the block files say. Nothing is written. ERROR_INPUT: none says anything. */
+int store_recover(const char *folder, struct store **store, struct error *error);
+
+/* Writes the master file of a recovered store anew. ERROR_INPUT if another process writes there, ERROR_WORK. */
+int store_repair(struct store *store, struct error *error);
+
 const struct store_info *store_info(const struct store *store);
 
-/* Whether block `index` is there, whole. */
+/* Whether block `index` is there. */
 bool store_has_block(const struct store *store, int index);
 
 /* A block's file in memory, made on the rank that calibrated it and written on the rank that holds the store. */
@@ -90,22 +90,22 @@ void block_image_free(struct block_image *image);
 
 /* Makes a record's file, which takes as many bytes as its packed codes; `where` starts messages. ERROR_WORK without memory and for a record
  * that could not be read back (names, shapes, `kept`, a scale that is not finite, a zero point that is not a code). */
-int block_image_make(struct block_image *image, const struct block_record *record, const char *where, struct error *error);
+int block_image_make(struct block_image *image, const struct block_record *record, const struct store_info *info /* of its run */,
+                     const char *where, struct error *error);
 
 /* Writes one block: temporary file, fsync, rename, fsync of the folder, then its link in the master file. ERROR_WORK on failure: what was stored
  * before stays whole. */
 int store_write_block(struct store *store, const struct block_image *image, struct error *error);
 
-/* Reads one block, checksums verified, shapes checked against each other; linears and arrays come in order of name. Errors name the file
- * and the dataset. */
+/* Reads one block, checksums verified, shapes checked against each other, and that it is of this run; linears and arrays come in order of
+ * name. Errors name the file and the dataset. */
 int store_read_block(struct store *store, int index, struct block_record *record, /* receives the block, block_record_free */
                      struct error *error);
 
-/* Removes what store_create made if no block has been written since, so that a run that failed early can be tried again with the same
- * folder. NULL is allowed; the store stays open. */
+/* Removes what store_create made if no block has been written since. NULL is allowed; the store stays open. */
 void store_abandon(const struct store *store);
 
-/* Closes; NULL is allowed. Returns an error code if what was written could not be flushed. */
+/* Closes and unlocks; NULL is allowed. Returns the error's code, as it was before. */
 int store_close(struct store *store, struct error *error);
 
 #endif

@@ -37,7 +37,7 @@ struct stream {
 static void require(struct stream *s, int code) {
   if (code == MPI_SUCCESS) return;
   struct error error = {0};
-  error_set(&error, ERROR_WORK, "rank %d: the broadcast of block %d failed in MPI (code %d)", s->world->rank, s->item, code);
+  error_set(&error, ERROR_WORK, "rank %d: the broadcast of item %d failed in MPI (code %d)", s->world->rank, s->item, code);
   world_abort(s->world, &error);
 }
 
@@ -127,7 +127,7 @@ static void advance(struct stream *s, bool wait) {
 
 int stream_open(struct world *world, const struct stream_source *source, struct stream **stream, struct error *error) {
   size_t largest = 64;
-  for (int item = source->first; item < source->end; item++) {
+  for (int item = 0; item < source->items; item++) {
     size_t bytes = source->bytes(source->context, item);
     if (bytes > largest) largest = bytes;
   }
@@ -148,7 +148,6 @@ int stream_open(struct world *world, const struct stream_source *source, struct 
   s->world = world;
   s->source = *source;
   s->communicator = communicator;
-  s->item = source->first;
   s->transfer = TRANSFER_COMPLETE;
   pthread_mutex_init(&s->lock, NULL);
   pthread_cond_init(&s->changed, NULL);
@@ -164,8 +163,9 @@ int stream_open(struct world *world, const struct stream_source *source, struct 
   return 0;
 }
 
-void stream_start(struct stream *s) {
-  if (s->item < s->source.end) item_begin(s);
+void stream_start(struct stream *s, int item) {
+  s->item = item;
+  if (s->item < s->source.items) item_begin(s);
 }
 
 void stream_poll(struct stream *s) {
@@ -181,11 +181,11 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
   *bytes = s->buffer;
   if (!s->status) return 0;
   if (s->has_reader) return error_set(error, s->read_error.code, "%s", s->read_error.message);
-  return error_set(error, s->status, "rank 0 could not read block %d", s->item);
+  return error_set(error, s->status, "rank 0 could not read item %d of the block stream", s->item);
 }
 
 void stream_release(struct stream *s) {
-  if (++s->item < s->source.end) item_begin(s);
+  if (++s->item < s->source.items) item_begin(s);
 }
 
 void stream_close(struct stream *s) {

@@ -1,4 +1,4 @@
-/* stream.h: the block stream: items (a model's blocks, in order) go from rank 0 to every rank, one ahead of the work. On rank 0 a thread
+/* stream.h: the block stream: items (as a model's blocks, in order) go from rank 0 to every rank, one ahead of the work. On rank 0 a thread
  * reads the next item into the one buffer as soon as the current item has been taken out of it; its pieces are then broadcast without
  * blocking while the ranks work, each time they call stream_poll. What the bytes mean is the source's business. */
 #ifndef OMNIQUANT_STREAM_H
@@ -10,7 +10,7 @@
 #include "world.h"
 
 struct stream_source {
-  int first, end; /* items [first, end) */
+  int items; /* 0 .. items - 1 */
   /* Bytes of an item; the same answer on every rank. */
   size_t (*bytes)(const void *context, int item);
   /* Fills the buffer with an item. Called on rank 0 only, from the reader's thread, in order. */
@@ -24,8 +24,8 @@ struct stream; /* one rank's end */
  * Errors (ERROR_WORK: memory, threads) are this rank's own: agree on them. *stream is NULL then. */
 int stream_open(struct world *world, const struct stream_source *source, struct stream **stream, struct error *error);
 
-/* Begins with the first item, once all ranks have opened their ends. Collective. */
-void stream_start(struct stream *stream);
+/* Begins with an item, once all ranks have opened their ends. Collective. */
+void stream_start(struct stream *stream, int item);
 
 /* Lets a broadcast in work advance; cheap. Call it every few milliseconds of work, on every rank. */
 void stream_poll(struct stream *stream);

@@ -2,11 +2,13 @@
 #include "world.h"
 
 #include <sched.h>
-#include <stdbool.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#include "watch.h"
 
 enum { TAG_BYTES = 1, TAG_REDUCE = 2 };
 static const size_t PIECE = (size_t)1 << 28; /* MPI counts are int: longer messages go in pieces */
@@ -54,12 +56,44 @@ void world_leave_team(struct world *team) {
   if (team->communicator != MPI_COMM_NULL && team->communicator != MPI_COMM_WORLD) MPI_Comm_free(&team->communicator);
 }
 
-void world_finalize(struct world *world) {
+int world_watch(struct world *world, struct error *error) {
+  if (world->size > 1) watch_open(world->communicator, world->rank, world->size, world->local_rank, &world->watch, error);
+  return world_agree(world, error);
+}
+
+void world_catch_signals(struct world *world) {
+  watch_catch_signals(world->watch);
+}
+
+bool world_stopping(const struct world *world) {
   (void)world;
+  return watch_stop_signal() != 0;
+}
+
+bool world_stops(struct world *world) {
+  int mine = watch_stop_signal(), any = mine;
+  if (world->size > 1) require(world, MPI_Allreduce(&mine, &any, 1, MPI_INT, MPI_MAX, world->communicator), "allreduce");
+  return any != 0;
+}
+
+void world_hold(struct world *world) {
+  watch_hold(world->watch);
+}
+
+void world_release(struct world *world) {
+  watch_release(world->watch);
+}
+
+void world_finalize(struct world *world) {
+  watch_close(world->watch);
   MPI_Finalize();
 }
 
 int world_agree(struct world *world, struct error *error) {
+  int stop = watch_stop_signal();
+  if (stop)
+    error_set(error, ERROR_STOPPED, "stopped by SIG%s; the blocks that are stored stay: the same command goes on from there",
+              sigabbrev_np(stop));
   struct {
     int code, rank;
   } mine = {error->code ? 1 : 0, world->rank}, worst;
@@ -72,6 +106,7 @@ int world_agree(struct world *world, struct error *error) {
 void world_abort(struct world *world, const struct error *error) {
   fprintf(stderr, "omniquant: %s\n", error->message);
   fflush(stderr);
+  watch_end_others(world->watch, error->code);
   MPI_Abort(world->communicator, error->code);
   _exit(error->code);
 }

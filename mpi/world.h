@@ -3,15 +3,19 @@
 #define OMNIQUANT_WORLD_H
 
 #include <mpi.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "error.h"
 
+struct watch;
+
 struct world {
   int rank, size;             /* of all ranks */
   int local_rank, local_size; /* among the ranks of this node */
   MPI_Comm communicator;      /* of all ranks */
+  struct watch *watch;        /* over all ranks; NULL before world_watch, and where there is nobody to watch */
 };
 
 /* Starts MPI. Call once, first in main. */
@@ -22,11 +26,27 @@ int world_init(struct world *world, int *argc, char ***argv, struct error *error
 int world_join_team(struct world *world, int teams, struct world *team);
 void world_leave_team(struct world *team);
 
+/* From now on a rank that dies ends all others with a message. Collective. Errors are agreed. */
+int world_watch(struct world *world, struct error *error);
+
+/* From now on SIGTERM, SIGINT or SIGUSR1 to any rank lets the run stop at the next world_agree; a second one ends the process at once. */
+void world_catch_signals(struct world *world);
+
+/* Whether this rank knows that the run is to stop, so that work can be left out which nobody will need: ranks learn of it at different times. */
+bool world_stopping(const struct world *world);
+
+/* Whether any rank knows; the same answer on all. Collective. */
+bool world_stops(struct world *world);
+
+/* Brackets the writing of what is finished: the death of a peer does not interrupt it. Any thread. */
+void world_hold(struct world *world);
+void world_release(struct world *world);
+
 /* Ends MPI. Collective. */
 void world_finalize(struct world *world);
 
-/* Makes an error of one rank the error of all: afterwards every rank holds the same code and message (the lowest failing rank's).
- * Returns the code. Collective: call where any rank may have failed alone. */
+/* Makes an error of one rank the error of all: afterwards every rank holds the same code and message (the lowest failing rank's); of a signal
+ * to one rank, ERROR_STOPPED. Returns the code. Collective: call where any rank may have failed alone. */
 int world_agree(struct world *world, struct error *error);
 
 /* Ends all ranks at once after a failure in the middle of other ranks' work; prints the message. Does not return. */

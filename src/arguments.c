@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "printable.h"
+#include "store.h"
 
 /* Keys of options without a letter. Settings count from FLAG on, two each: --x and --no-x. */
 enum { USAGE = 0x100, VERSION, FLAG };
@@ -291,6 +292,10 @@ static const struct setting calibrate_files[] = {
 };
 
 static const struct setting calibrate_run[] = {
+    {"resume", SETTING_BOOL, AT(calibrate.resume), 0, 1, NULL, NULL,
+     "without recipe, go on with that of the run in OUT (a run that is given the same again goes on anyway)"},
+    {"stream_checkpoint", SETTING_INT, AT(calibrate.stream_checkpoint), 0, 10000, NULL, "0",
+     "keep the hidden states in OUT/streams every N blocks, to resume without replaying what is stored; 0: never"},
     {"blocks", SETTING_TEXT, AT(blocks), OPTIONAL, "A:B", NULL, "quantize blocks A to B - 1 only; either may be left out"},
     {"backend", SETTING_TEXT, AT(calibrate.backend), OPTIONAL, "cpu", "cpu", "what computes"},
     {"threads", SETTING_INT, AT(calibrate.threads), 0, 65536, NULL, "0", "threads a rank; 0: the node's cores over its ranks"},
@@ -340,10 +345,20 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
                             "Example:\n"
                             "  mpirun -np 2 omniquant calibrate --model llama --tokens text.h5 \\\n"
                             "      --config paper-w3a16g128.yaml --output llama-w3\n\n"
-                            "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
+                            "SIGTERM, SIGINT and SIGUSR1 stop it; what is stored is whole, and the same command goes on from there.\n\n"
+                            "Exit status: 0 done, 1 failed at work, 2 wrong usage or input, 75 stopped by a signal.");
   if (code != 0 || arguments->answered) return code;
   if (check_backend(arguments->calibrate.backend, error)) return error->code;
   return arguments->blocks != NULL ? set_blocks(&arguments->calibrate, arguments->blocks, error) : 0;
+}
+
+/* The recipe of the run in OUT, if there is one. */
+static int stored_recipe(const char *output, struct recipe *recipe, struct error *error) {
+  struct error none = {0}, ignored = {0};
+  struct store *store;
+  if (store_open(output, &store, &none) && store_recover(output, &store, &ignored)) return 0;
+  recipe_from_json(recipe, store_info(store)->recipe, output, error);
+  return store_close(store, error);
 }
 
 /* The recipe of one file, or of none. */
@@ -352,6 +367,7 @@ static int read_recipe(const struct arguments *arguments, const char *config, st
   const struct setting *settings = recipe_settings(&count);
   recipe_init(recipe);
   if (config != NULL && recipe_load(recipe, config, error)) return error->code;
+  if (config == NULL && arguments->calibrate.resume && stored_recipe(arguments->calibrate.output, recipe, error)) return error->code;
   for (size_t i = 0; i < count; i++)
     if (arguments->overrides[i] != NULL && recipe_set(recipe, &settings[i], arguments->overrides[i], settings[i].name, error))
       return error->code;

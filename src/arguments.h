@@ -52,7 +52,7 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
 int arguments_eval(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct error *error);
 
-/* Makes the recipes of a calibration, one for each --config or one without: defaults, then the file, then the flags, whatever their order
+/* Makes the recipes of a calibration, one for each --config or one without: defaults (with --resume, what the store in OUT says), then the file, then the flags, whatever their order
  * was; checked, by themselves and against each other. Of several the store is OUT/NAME, NAME being that of the file without .yaml.
  * Reads the files. */
 int arguments_recipes(const struct arguments *arguments, struct calibrate_recipe recipes[CALIBRATE_MAX_RECIPES], /* every byte assigned */

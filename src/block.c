@@ -154,6 +154,14 @@ void block_load(struct block *block, const void *image) {
   block_restore(block);
 }
 
+void block_load_stored(struct block *block, const struct model *wide, const void *image) {
+  for (int i = 0; i < wide->tensors; i++) {
+    const struct block_tensor *tensor = &wide->tensor[i];
+    block->k->load(block->k, block_tensor(block, BLOCK_QUANTIZED, i), (const char *)image + tensor->image_offset, DTYPE_F32,
+                   tensor->rows * tensor->columns);
+  }
+}
+
 void block_restore(struct block *block) {
   const struct model *model = block->model;
   if (block->effective == block->weights) return;

@@ -8,63 +8,10 @@
 #include <sys/resource.h>
 
 #include "clock.h"
+#include "dequantize.h"
 #include "feed.h"
-#include "learn.h"
-#include "record.h"
-#include "writer.h"
-
-/* What a block's calibration tells rank 0, beside the block itself. */
-struct result {
-  struct outcome outcome;
-  double seconds;
-  size_t bytes; /* of the block's file */
-};
-
-/* One recipe of the pass. */
-struct job {
-  const struct recipe *recipe;
-  const char *output;
-  int team;               /* that calibrates it */
-  struct learner learner; /* that team's */
-
-  /* rank 0, and the first rank of the team until rank 0 has it */
-  struct result result;
-  struct block_image image;
-
-  /* rank 0 */
-  struct store *store;
-  struct writer *writer;
-  int64_t skipped_steps;
-  int untrained_experts;
-};
-
-/* Where there are more ranks than `batch` can use and several recipes, the ranks form teams that calibrate different recipes side by side. A
- * team is all there is to a learner: it holds every sample, and sums over its ranks alone. */
-struct run {
-  struct world *world;
-  struct world team; /* this rank's */
-  int teams, team_number;
-  const struct calibrate_options *options;
-  const struct recipe *recipe; /* the first job's: for what all agree in */
-  int first, end;              /* blocks [first, end) are quantized */
-  struct job *jobs;
-  int count;
-
-  /* rank 0 */
-  struct checkpoint *checkpoint;
-  struct tokens *tokens;
-  int64_t *start; /* [samples] first token of each */
-  struct progress *progress;
-
-  /* every rank */
-  struct model model;
-  struct kernels *k;
-  struct shard shard;
-  struct block block;
-  struct let_statistics statistics;
-  struct target target;
-  struct stream *stream;
-};
+#include "file.h"
+#include "resume.h"
 
 /* ---- rank 0: input and output ---- */
 
@@ -85,10 +32,11 @@ static int choose_samples(struct run *run, struct error *error) {
     return error_set(
         error, ERROR_INPUT, "%s: tokens: %lld are there, but %d %s samples of %d need %lld; give more text or lower --samples or --seqlen",
         run->options->tokens, (long long)count, recipe->samples, sequential ? "sequential" : "random", recipe->seqlen, (long long)needed);
-  run->start = calloc((size_t)recipe->samples, sizeof *run->start);
-  if (!run->start) return error_set(error, ERROR_WORK, "out of memory for the samples");
+  run->sample_start = calloc((size_t)recipe->samples, sizeof *run->sample_start);
+  if (!run->sample_start) return error_set(error, ERROR_WORK, "out of memory for the samples");
   uint64_t state = (uint64_t)recipe->seed;
-  for (int i = 0; i < recipe->samples; i++) run->start[i] = sequential ? i * T : (int64_t)(next_random(&state) % (uint64_t)(count - T + 1));
+  for (int i = 0; i < recipe->samples; i++)
+    run->sample_start[i] = sequential ? i * T : (int64_t)(next_random(&state) % (uint64_t)(count - T + 1));
   return 0;
 }
 
@@ -97,29 +45,53 @@ static int check_tokens(struct run *run, struct error *error) {
   int32_t *ids = malloc((size_t)run->recipe->seqlen * sizeof *ids);
   if (!ids) return error_set(error, ERROR_WORK, "out of memory for the samples");
   for (int i = 0; i < run->recipe->samples && !error->code; i++)
-    tokens_read(run->tokens, run->start[i], run->recipe->seqlen, run->model.vocabulary, ids, error);
+    tokens_read(run->tokens, run->sample_start[i], run->recipe->seqlen, run->model.vocabulary, ids, error);
   free(ids);
   return error->code;
 }
 
-static int make_store(struct job *job, const struct store_info *of_run, struct error *error) {
-  struct store_info info = *of_run;
-  char *recipe = recipe_json(job->recipe);
-  info.recipe = recipe;
-  if (!recipe)
-    error_set(error, ERROR_WORK, "out of memory for the recipe");
-  else if (!store_create(job->output, &info, &job->store, error))
-    writer_open(job->store, &job->writer, error);
-  free(recipe);
+/* What each job's store is to say of its run. */
+static int describe_jobs(struct run *run, const char *config, const struct store_info *of_run, struct error *error) {
+  for (int i = 0; i < run->count && !error->code; i++) {
+    struct store_info *info = &run->jobs[i].info;
+    *info = *of_run;
+    info->recipe = recipe_json(run->jobs[i].recipe);
+    info->model_config = strdup(config);
+    if (!info->recipe || !info->model_config) error_set(error, ERROR_WORK, "out of memory for the recipe");
+  }
   return error->code;
 }
 
+static int describe_run(struct run *run, struct error *error) {
+  struct store_info info = {.blocks = run->model.blocks, .first_block = run->options->first_block};
+  memcpy(info.model_type, run->model.model_type, sizeof info.model_type);
+  if (tokens_sha256(run->tokens, info.tokens_sha256, error) || checkpoint_sha256(run->checkpoint, info.model_sha256, error))
+    return error->code;
+  return describe_jobs(run, checkpoint_config(run->checkpoint), &info, error);
+}
+
+/* Not found out when a night's work is to be written. */
+static int check_space(const struct run *run, struct error *error) {
+  double need = 0;
+  double streams = 2.0 * run->recipe->samples * run->recipe->seqlen * run->model.hidden * (double)sizeof(float);
+  for (int i = 0; i < run->count; i++) {
+    const struct job *job = &run->jobs[i];
+    need += (double)record_bytes(&run->model, job->recipe) * (run->end - job->stored);
+    if (run->options->stream_checkpoint) need += 2 * streams; /* the new one is there before the old one goes */
+  }
+  int64_t free_bytes = folder_free_bytes(run->options->output);
+  if (free_bytes < 0 || need <= (double)free_bytes) return 0;
+  return error_set(error, ERROR_INPUT,
+                   "%s: what is to be stored takes %.4g MiB, and %.4g are free there; make room or choose another --output",
+                   run->options->output, need / (1 << 20), (double)free_bytes / (1 << 20));
+}
+
 static int make_stores(struct run *run, struct error *error) {
-  struct store_info info = {.model_config = checkpoint_config(run->checkpoint), .blocks = run->model.blocks};
-  snprintf(info.model_type, sizeof info.model_type, "%s", run->model.model_type);
-  if (tokens_sha256(run->tokens, info.tokens_sha256, error)) return error->code;
-  for (int i = 0; i < run->count && !error->code; i++) make_store(&run->jobs[i], &info, error);
-  return error->code;
+  for (int i = 0; i < run->count && !error->code; i++) {
+    struct job *job = &run->jobs[i];
+    if (!store_create(job->output, &job->info, &job->store, error)) writer_open(job->store, run->world, &job->writer, error);
+  }
+  return error->code || resume_find(run, error) ? error->code : check_space(run, error);
 }
 
 static int open_files(struct run *run, struct error *error) {
@@ -129,15 +101,40 @@ static int open_files(struct run *run, struct error *error) {
     return error_set(error, ERROR_INPUT, "--blocks %d:%d: the model has blocks 0 to %d", options->first_block, options->end_block,
                      run->model.blocks - 1);
   if (model_check_seqlen(&run->model, run->recipe->seqlen, options->model, error)) return error->code;
+  run->first = options->first_block;
+  run->end = options->end_block ? options->end_block : run->model.blocks;
   if (tokens_open(options->tokens, &run->tokens, error)) return error->code;
-  return choose_samples(run, error) || check_tokens(run, error) ? error->code : make_stores(run, error);
+  if (choose_samples(run, error) || check_tokens(run, error)) return error->code;
+  return describe_run(run, error) ? error->code : make_stores(run, error);
+}
+
+/* What rank 0 has found out, to all. */
+static int share_findings(struct run *run, struct error *error) {
+  struct store_info info = run->jobs[0].info;
+  size_t length = info.model_config ? strlen(info.model_config) + 1 : 0;
+  world_broadcast(run->world, &run->model, sizeof run->model);
+  world_broadcast(run->world, &info, sizeof info); /* but for its texts */
+  world_broadcast(run->world, &length, sizeof length);
+  char *config = calloc(length + 1, 1);
+  if (!config) error_set(error, ERROR_WORK, "rank %d: out of memory for the model's config.json", run->world->rank);
+  if (world_agree(run->world, error)) {
+    free(config);
+    return error->code;
+  }
+  /* NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): world_agree has seen that the memory is there */
+  if (run->world->rank == 0) memcpy(config, info.model_config, length);
+  world_broadcast(run->world, config, length);
+  if (run->world->rank > 0) describe_jobs(run, config, &info, error);
+  free(config);
+  for (int i = 0; i < run->count; i++) world_broadcast(run->world, &run->jobs[i].stored, sizeof run->jobs[i].stored);
+  run->first = run->options->first_block;
+  run->end = run->options->end_block ? run->options->end_block : run->model.blocks;
+  run->wide = run->model;
+  model_widen(&run->wide);
+  return world_agree(run->world, error);
 }
 
 /* ---- every rank: teams and memory ---- */
-
-static bool is_mine(const struct run *run, const struct job *job) {
-  return job->team == run->team_number;
-}
 
 /* As many teams as find a recipe and leave each enough ranks for a batch: a power of two, so that sums are taken in the same tree. */
 static void form_teams(struct run *run) {
@@ -149,13 +146,16 @@ static void form_teams(struct run *run) {
 }
 
 static size_t image_bytes(const void *context, int item) {
-  (void)item;
-  return ((const struct run *)context)->model.image_bytes;
+  const struct run *run = context;
+  return run->item[item].job == ABSENT ? run->model.image_bytes : run->wide.image_bytes;
 }
 
 static int read_image(void *context, int item, void *image, struct error *error) {
   struct run *run = context;
-  return checkpoint_read_block(run->checkpoint, &run->model, item, image, error);
+  const struct stream_item *what = &run->item[item];
+  if (what->job == ABSENT) return checkpoint_read_block(run->checkpoint, &run->model, what->block, image, error);
+  const struct job *job = &run->jobs[what->job];
+  return dequantize_read_block(job->store, run->checkpoint, &run->wide, what->block, image, job->output, error);
 }
 
 static size_t stream_bytes(const struct run *run) {
@@ -172,6 +172,18 @@ static int open_job(struct run *run, struct job *job, struct error *error) {
                                   .stream = run->stream,
                                   .progress = run->progress};
   return learner_init(&job->learner, error);
+}
+
+static void open_streams(struct run *run) {
+  for (int i = 0; i < run->count; i++) {
+    struct job *job = &run->jobs[i];
+    job->streams = (struct streams){.output = job->output,
+                                    .info = &job->info,
+                                    .k = run->k,
+                                    .shard = &run->shard,
+                                    .rank = run->world->rank,
+                                    .elements = (int64_t)run->recipe->seqlen * run->model.hidden};
+  }
 }
 
 /* The full-precision stream, which all jobs share. */
@@ -191,7 +203,7 @@ static int open_target(struct run *run, bool observed, struct error *error) {
 }
 
 static int open_work(struct run *run, struct error *error) {
-  struct stream_source source = {0, run->end, image_bytes, read_image, run};
+  struct stream_source source = {run->items, image_bytes, read_image, run};
   struct block_use use = {.tokens = run->recipe->seqlen, .effective = true, .trained = true};
   bool observed = false;
   for (int i = 0; i < run->count; i++) {
@@ -205,6 +217,7 @@ static int open_work(struct run *run, struct error *error) {
   run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), error);
   if (!run->k) return error->code;
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
+  open_streams(run);
   if (block_init(&run->block, &run->model, run->k, &use, error)) return error->code;
   if (open_target(run, observed, error)) return error->code;
   for (int i = 0; i < run->count && !error->code; i++)
@@ -227,8 +240,9 @@ static int sample_owner(const void *context, int sample) {
 static int embed(struct run *run, struct error *error) {
   for (int team = 0; team < run->teams; team++) {
     struct dealing dealing = {&run->shard, team * run->team.size};
-    struct feed feed = {run->world,           run->k,     &run->model,  run->tokens, run->checkpoint, run->recipe->seqlen,
-                        run->recipe->samples, run->start, sample_owner, &dealing};
+    struct feed feed = {
+        run->world,        run->k,       &run->model, run->tokens, run->checkpoint, run->recipe->seqlen, run->recipe->samples,
+        run->sample_start, sample_owner, &dealing};
     if (feed_embed(&feed, run->target.x, NULL, error)) return error->code;
   }
   for (int i = 0; i < run->count; i++)
@@ -244,6 +258,17 @@ static const char *base_of(const char *path) {
   return slash ? slash + 1 : path;
 }
 
+/* How many blocks of all jobs are calibrated before this one. */
+static int position(const struct run *run, const struct job *job, int index) {
+  int count = 0;
+  for (const struct job *other = run->jobs; other < run->jobs + run->count; other++)
+    if (index > other->stored)
+      count += index - other->stored + (other < job);
+    else if (index == other->stored)
+      count += other < job;
+  return count;
+}
+
 static void report(struct run *run, const struct job *job, int index, const struct outcome *outcome) {
   char text[200];
   int length = 0;
@@ -254,7 +279,7 @@ static void report(struct run *run, const struct job *job, int index, const stru
     length += snprintf(text + length, sizeof text - (size_t)length, "rtn %.6g  start %.6g  end %.6g  kept %s", outcome->loss[KEPT_RTN],
                        outcome->loss[KEPT_START], outcome->loss[KEPT_END], record_kept_name(outcome->kept));
   if (outcome->untrained_experts > 0) snprintf(text + length, sizeof text - (size_t)length, "  %d experts rtn", outcome->untrained_experts);
-  progress_block(run->progress, (index - run->first) * run->count + (int)(job - run->jobs), text);
+  progress_block(run->progress, position(run, job, index), text);
 }
 
 /* The block's file, on the team's first rank. */
@@ -262,7 +287,7 @@ static int pack_block(struct job *job, int index, struct error *error) {
   struct block_record record = {0};
   if (job->learner.world->rank > 0) return 0;
   if (!record_block(&record, &job->learner, index, &job->result.outcome, job->result.seconds, error))
-    block_image_make(&job->image, &record, job->output, error);
+    block_image_make(&job->image, &record, &job->info, job->output, error);
   job->result.bytes = job->image.length;
   block_record_free(&record);
   return error->code;
@@ -297,9 +322,10 @@ static int fetch_result(struct run *run, struct job *job, int index, struct erro
 
 static int calibrate_job(struct run *run, struct job *job, int index, double shared_seconds, struct error *error) {
   double begin = now();
-  learner_run(&job->learner, (index - run->first) * run->count + (int)(job - run->jobs), &job->result.outcome, error);
+  learner_run(&job->learner, position(run, job, index), &job->result.outcome, error);
   job->result.seconds = shared_seconds + now() - begin;
-  if (!error->code) pack_block(job, index, error);
+  if (world_agree(&run->team, error)) return error->code; /* a block that a stop left unfinished goes no further */
+  pack_block(job, index, error);
   if (run->world->rank == 0 && !error->code) take_result(run, job, index, error);
   return world_agree(&run->team, error);
 }
@@ -307,11 +333,28 @@ static int calibrate_job(struct run *run, struct job *job, int index, double sha
 /* This team's recipes, and then rank 0 has all. */
 static int calibrate_jobs(struct run *run, int index, double shared_seconds, struct error *error) {
   for (int i = 0; i < run->count && !error->code; i++)
-    if (is_mine(run, &run->jobs[i])) calibrate_job(run, &run->jobs[i], index, shared_seconds, error);
+    if (is_mine(run, &run->jobs[i]) && index >= run->jobs[i].stored) calibrate_job(run, &run->jobs[i], index, shared_seconds, error);
   if (run->teams == 1 || world_agree(run->world, error)) return error->code;
   for (int i = 0; i < run->count; i++)
-    if (run->jobs[i].team > 0) fetch_result(run, &run->jobs[i], index, error);
+    if (run->jobs[i].team > 0 && index >= run->jobs[i].stored) fetch_result(run, &run->jobs[i], index, error);
   return world_agree(run->world, error);
+}
+
+/* Whether any job learns this block: none does before the first block, or where all have it stored. */
+static bool is_learned(const struct run *run, int index) {
+  bool learned = false;
+  for (int i = 0; i < run->count; i++) learned = learned || index >= run->jobs[i].stored;
+  return learned;
+}
+
+/* Jobs that have this block stored, or want it as it is, only send their stream through it. */
+static int pass_jobs(struct run *run, int index, struct error *error) {
+  for (int i = 0; i < run->count && !error->code; i++) {
+    struct job *job = &run->jobs[i];
+    if (index < run->first && is_mine(run, job)) learner_pass(&job->learner);
+    if (index >= run->first && index < job->stored) resume_replay(run, job, error);
+  }
+  return error->code;
 }
 
 static int calibrate_block(struct run *run, int index, struct error *error) {
@@ -321,11 +364,12 @@ static int calibrate_block(struct run *run, int index, struct error *error) {
   if (world_agree(run->world, error)) return error->code;
   block_load(&run->block, image);
   stream_release(run->stream);
-  target_pass(&run->target);
-  if (index >= run->first) return calibrate_jobs(run, index, now() - begin, error);
-  for (int i = 0; i < run->count; i++)
-    if (is_mine(run, &run->jobs[i])) learner_pass(&run->jobs[i].learner);
-  return 0;
+  target_pass(&run->target, is_learned(run, index));
+  if (pass_jobs(run, index, error)) return error->code;
+  if (!is_learned(run, index)) return 0;
+  if (calibrate_jobs(run, index, now() - begin, error)) return error->code;
+  int every = run->options->stream_checkpoint;
+  return every && (index + 1) % every == 0 && index + 1 < run->end ? resume_save(run, index + 1, error) : 0;
 }
 
 static double bits_per_weight(const struct run *run, const struct recipe *recipe) {
@@ -379,26 +423,37 @@ static void close_writers(struct run *run, struct error *error) {
   }
 }
 
-static int calibrate_all(struct run *run, struct error *error) {
-  double begin = now();
-  if (run->world->rank == 0) open_files(run, error);
-  if (world_agree(run->world, error)) return error->code;
-  world_broadcast(run->world, &run->model, sizeof run->model);
-  run->first = run->options->first_block;
-  run->end = run->options->end_block ? run->options->end_block : run->model.blocks;
+static int blocks_left(const struct run *run) {
+  int left = 0;
+  for (int i = 0; i < run->count; i++) left += run->end - run->jobs[i].stored;
+  return left;
+}
+
+/* From the first samples, or from a checkpoint of the streams, to the last block. */
+static int calibrate_blocks(struct run *run, struct error *error) {
   form_teams(run);
-  if (run->world->rank == 0) run->progress = progress_open("calibrate", (run->end - run->first) * run->count);
-  open_work(run, error);
+  if (run->world->rank == 0) run->progress = progress_open("calibrate", blocks_left(run));
+  if (!resume_schedule(run, error)) open_work(run, error);
   if (world_agree(run->world, error)) return error->code;
   announce(run);
-  stream_start(run->stream);
-  if (embed(run, error)) return error->code;
-  for (int index = 0; index < run->end; index++)
+  if (resume_streams(run, error)) return error->code;
+  stream_start(run->stream, resume_first_item(run, run->start));
+  if (run->start == 0 && embed(run, error)) return error->code;
+  for (int index = run->start; index < run->end; index++)
     if (calibrate_block(run, index, error)) return error->code;
   close_writers(run, error);
   if (world_agree(run->world, error)) return error->code;
+  resume_forget(run);
   progress_close(run->progress);
   run->progress = NULL;
+  return 0;
+}
+
+static int calibrate_all(struct run *run, struct error *error) {
+  double begin = now();
+  if (run->world->rank == 0) open_files(run, error);
+  if (world_agree(run->world, error) || share_findings(run, error)) return error->code;
+  if (blocks_left(run) > 0 && calibrate_blocks(run, error)) return error->code;
   summarize(run, now() - begin);
   return 0;
 }
@@ -408,12 +463,16 @@ static void run_free(struct run *run, struct error *error) {
   stream_close(run->stream);
   close_writers(run, error);
   for (int i = 0; i < run->count; i++) {
+    struct error ignored = {0};
+    streams_settle(&run->jobs[i].streams, &ignored);
     if (error->code) store_abandon(run->jobs[i].store);
     store_close(run->jobs[i].store, error);
+    store_info_free(&run->jobs[i].info);
   }
   tokens_close(run->tokens);
   checkpoint_close(run->checkpoint);
-  free(run->start);
+  free(run->sample_start);
+  free(run->item);
   for (int i = 0; i < run->count; i++) block_image_free(&run->jobs[i].image);
   world_leave_team(&run->team);
   if (!run->k) return;
@@ -432,11 +491,13 @@ int calibrate(struct world *world, const struct calibrate_options *options, cons
                     .team = {.communicator = MPI_COMM_NULL},
                     .options = options,
                     .recipe = &recipes->recipe,
+                    .streams_at = ABSENT,
                     .jobs = jobs,
                     .count = count};
   if (!jobs) error_set(error, ERROR_WORK, "out of memory for %d recipes", count);
   for (int i = 0; jobs && i < count; i++) jobs[i] = (struct job){.recipe = &recipes[i].recipe, .output = recipes[i].output};
   if (world_agree(world, error) == 0) {
+    world_catch_signals(world);
     calibrate_all(&run, error);
     run_free(&run, error);
   }

@@ -2,6 +2,8 @@
 #ifndef OMNIQUANT_CALIBRATE_H
 #define OMNIQUANT_CALIBRATE_H
 
+#include <stdbool.h>
+
 #include "error.h"
 #include "recipe.h"
 
@@ -16,17 +18,19 @@ struct calibrate_recipe {
 };
 
 struct calibrate_options {
-  const char *model;   /* checkpoint folder; only rank 0 opens it */
-  const char *tokens;  /* token file; only rank 0 opens it */
-  const char *output;  /* the store of one recipe, the folder of the stores of several */
-  int first_block;     /* blocks [first_block, end_block) are quantized; those before stay full precision and are passed through */
-  int end_block;       /* 0: all */
-  const char *backend; /* "cpu" */
-  int threads;         /* threads a rank; 0: cores of the node over its ranks */
+  const char *model;     /* checkpoint folder; only rank 0 opens it */
+  const char *tokens;    /* token file; only rank 0 opens it */
+  const char *output;    /* the store of one recipe, the folder of the stores of several */
+  int first_block;       /* blocks [first_block, end_block) are quantized; those before stay full precision and are passed through */
+  int end_block;         /* 0: all */
+  int stream_checkpoint; /* blocks from one checkpoint of the streams to the next; 0: none */
+  bool resume;           /* the store's own recipe where none is given */
+  const char *backend;   /* "cpu" */
+  int threads;           /* threads a rank; 0: cores of the node over its ranks */
 };
 
-/* One pass over the model for all recipes, which agree in their samples, seqlen, sampling, seed and batch. Collective over all ranks. On
- * failure every rank returns the same code and message. */
+/* One pass over the model for all recipes, which agree in their samples, seqlen, sampling, seed and batch. A store that holds the same run
+ * already is gone on with. Collective over all ranks. On failure every rank returns the same code and message; ERROR_STOPPED after a signal. */
 int calibrate(struct world *world, const struct calibrate_options *options, const struct calibrate_recipe *recipes, /* [count] */
               int count, struct error *error);
 

@@ -8,6 +8,7 @@
 
 #include "file.h"
 #include "safetensors.h"
+#include "sha256.h"
 
 enum { FIRST_POSITION = 2 }; /* row of the table of learned positions that a sample begins with; those before are for padding */
 
@@ -154,6 +155,27 @@ fail:
 
 const char *checkpoint_config(const struct checkpoint *checkpoint) {
   return checkpoint->config;
+}
+
+static int hash_tensor(struct sha256 *hash, const struct tensor *tensor, struct error *error) {
+  enum { SAMPLE = 4096 };
+  char bytes[SAMPLE];
+  size_t length = tensor->bytes < SAMPLE ? tensor->bytes : SAMPLE;
+  int64_t layout[2] = {tensor->dtype, tensor->dimensions};
+  sha256_update(hash, tensor->name, strlen(tensor->name) + 1, error);
+  sha256_update(hash, layout, sizeof layout, error);
+  sha256_update(hash, tensor->shape, (size_t)tensor->dimensions * sizeof *tensor->shape, error);
+  if (!error->code && !safetensors_read(tensor, 0, length, bytes, error)) sha256_update(hash, bytes, length, error);
+  return error->code;
+}
+
+int checkpoint_sha256(const struct checkpoint *checkpoint, char hex[65], struct error *error) {
+  uint8_t digest[SHA256_BYTES];
+  struct sha256 *hash = sha256_open("model", error);
+  for (size_t i = 0; i < safetensors_count(checkpoint->tensors) && !error->code; i++)
+    hash_tensor(hash, safetensors_at(checkpoint->tensors, i), error);
+  if (!sha256_close(hash, digest, error)) sha256_text(digest, hex);
+  return error->code;
 }
 
 static void convert(float *to, const void *from, enum dtype dtype, int64_t count) {

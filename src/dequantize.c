@@ -83,3 +83,13 @@ int dequantize_block(const struct block_record *record, const struct model *mode
   for (int i = 0; i < record->folded_arrays && !error->code; i++) put_folded(record, model, &record->folded[i], image, where, error);
   return error->code;
 }
+
+int dequantize_read_block(struct store *store, const struct checkpoint *checkpoint, const struct model *wide, int block, void *image,
+                          const char *where, struct error *error) {
+  struct block_record record = {0};
+  for (int i = 0; i < wide->tensors && !error->code; i++)
+    if (!model_quantizes(wide, i)) checkpoint_read_tensor(checkpoint, wide, block, i, image, error);
+  if (!error->code && !store_read_block(store, block, &record, error)) dequantize_block(&record, wide, image, where, error);
+  block_record_free(&record);
+  return error->code;
+}

@@ -2,6 +2,7 @@
 #ifndef OMNIQUANT_DEQUANTIZE_H
 #define OMNIQUANT_DEQUANTIZE_H
 
+#include "checkpoint.h"
 #include "model.h"
 #include "store.h"
 
@@ -11,5 +12,10 @@ void dequantize_linear(const struct quantized_linear *linear, float *out /* [out
 /* Puts a stored block's linear layers, and the tensors that a transformation changed, into an image in which all of these are F32. `where`
  * starts messages. Errors: ERROR_INPUT for a layer that is missing, for what the model has not or has in another shape, for NaN. */
 int dequantize_block(const struct block_record *record, const struct model *model, void *image, const char *where, struct error *error);
+
+/* A stored block as an image of all its tensors: those that were quantized or changed from the store, the others from the checkpoint. */
+int dequantize_read_block(struct store *store, const struct checkpoint *checkpoint,
+                          const struct model *wide, /* all tensors F32 (model_widen) */
+                          int block, void *image, const char *where, struct error *error);
 
 #endif

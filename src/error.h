@@ -4,20 +4,21 @@
 #define OMNIQUANT_ERROR_H
 
 enum {
-  ERROR_WORK = 1,  /* failed at work: I/O, memory, a peer, a device */
-  ERROR_INPUT = 2, /* wrong usage or input: nothing was started */
+  ERROR_WORK = 1,     /* failed at work: I/O, memory, a peer, a device */
+  ERROR_INPUT = 2,    /* wrong usage or input: nothing was started */
+  ERROR_STOPPED = 75, /* by a signal: what is stored is whole, the same command goes on (EX_TEMPFAIL of sysexits.h) */
 };
 
 /* Zero-initialize before use: struct error error = {0}; */
 struct error {
-  int code;           /* 0 while nothing failed, else ERROR_WORK or ERROR_INPUT: also the program's exit status */
+  int code;           /* 0 while nothing failed, else one of these: also the program's exit status */
   char message[1000]; /* one line without newline: the file, the key and the mend */
 };
 
 /* Records a failure unless one is recorded already (the first is the cause, what follows is its consequence).
  * Returns the recorded code, so that a caller can `return error_set(...)`. */
 int error_set(struct error *error, /* receives code and message */
-              int code,            /* ERROR_WORK or ERROR_INPUT */
+              int code,            /* one of the above */
               const char *format,  /* printf format of the one line */
               ...) __attribute__((format(printf, 3, 4)));
 

@@ -75,8 +75,7 @@ static int open_files(struct evaluation *e, struct error *error) {
   for (int i = 0; i < e->model.blocks; i++)
     if (!store_has_block(e->store, i))
       return error_set(error, ERROR_INPUT, "%s: block %d is not there; its calibration did not end", options->quantized, i);
-  for (int i = 0; i < e->model.tensors; i++) e->model.tensor[i].dtype = DTYPE_F32;
-  model_layout(&e->model);
+  model_widen(&e->model);
   return 0;
 }
 
@@ -134,16 +133,6 @@ static size_t item_bytes(const void *context, int item) {
   return (size_t)count * sizeof(float);
 }
 
-static int read_quantized(struct evaluation *e, int item, void *image, struct error *error) {
-  struct block_record record = {0};
-  for (int i = 0; i < e->model.tensors && !error->code; i++)
-    if (!model_quantizes(&e->model, i)) checkpoint_read_tensor(e->checkpoint, &e->model, item, i, image, error);
-  if (!error->code && !store_read_block(e->store, item, &record, error))
-    dequantize_block(&record, &e->model, image, e->options->quantized, error);
-  block_record_free(&record);
-  return error->code;
-}
-
 static int read_tail(const struct evaluation *e, float *out, struct error *error) {
   struct tail tail = tail_of(&e->model);
   if (tail.norm != ABSENT && checkpoint_read_final_norm(e->checkpoint, out + tail.norm, error)) return error->code;
@@ -153,7 +142,8 @@ static int read_tail(const struct evaluation *e, float *out, struct error *error
 
 static int read_item(void *context, int item, void *buffer, struct error *error) {
   struct evaluation *e = context;
-  if (item < e->model.blocks && e->store) return read_quantized(e, item, buffer, error);
+  if (item < e->model.blocks && e->store)
+    return dequantize_read_block(e->store, e->checkpoint, &e->model, item, buffer, e->options->quantized, error);
   if (item < e->model.blocks) return checkpoint_read_block(e->checkpoint, &e->model, item, buffer, error);
   if (item == e->model.blocks) return read_tail(e, buffer, error);
   return checkpoint_read_head(e->checkpoint, (item - e->model.blocks - 1) * e->piece, piece_rows(e, item), buffer, error);
@@ -181,7 +171,7 @@ static int open_work(struct evaluation *e, struct error *error) {
   if (e->piece > e->model.vocabulary) e->piece = e->model.vocabulary;
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
-  struct stream_source source = {0, items, item_bytes, read_item, e};
+  struct stream_source source = {items, item_bytes, read_item, e};
   if (stream_open(e->world, &source, &e->stream, error))
     return error->code; /* first: it is collective, and what follows may fail on one rank alone */
   e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
@@ -351,7 +341,7 @@ static int evaluate_all(struct evaluation *e, struct error *error) {
   if (feed_embed(&feed, e->x, e->ids, error)) return error->code;
   start_entropy(e, error);
   if (world_agree(e->world, error)) return error->code;
-  stream_start(e->stream);
+  stream_start(e->stream, 0);
   for (int i = 0; i < e->model.blocks; i++)
     if (pass_block(e, error)) return error->code;
   if (pass_tail(e, error)) return error->code;

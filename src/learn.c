@@ -115,7 +115,7 @@ static void sample_loss(struct learner *l, float *loss, data *dy, const data *y,
 static double measure(struct learner *l, struct learned with) {
   int samples = l->shard->samples, count = l->shard->count;
   learner_quantize(l, with, true);
-  for (int i = 0; i < count; i++) {
+  for (int i = 0; i < count && !world_stopping(l->world); i++) {
     data *y = sample_at(l, l->next, i);
     block_forward(l->block, BLOCK_QUANTIZED, y, sample_at(l, l->x_q, i));
     sample_loss(l, l->sample_loss + i, NULL, y, i, 1);
@@ -135,6 +135,7 @@ static double measure(struct learner *l, struct learned with) {
 static void observe_sample(void *context, int local, float *out) {
   struct learner *l = context;
   const struct model *model = l->block->model;
+  if (world_stopping(l->world)) return;
   block_forward(l->block, BLOCK_FULL, l->recipe->aug_loss ? sample_at(l, l->augmented, local) : l->y, sample_at(l, l->x_q, local));
   l->k->clear(l->k, out, (size_t)l->importances * sizeof(float));
   for (int i = 0; i < model->linears && l->importances; i++) {
@@ -214,6 +215,7 @@ static void sample_gradient(void *context, int local, float *out) {
   const struct step_context *step = context;
   struct learner *l = step->learner;
   const data *x = sample_at(l, l->x_q, local);
+  if (world_stopping(l->world)) return;
   block_forward(l->block, BLOCK_QUANTIZED, l->y, x);
   sample_loss(l, out + l->count, l->dy, l->y, local, step->weight);
   learner_backward(l, out, l->dy, x);
@@ -287,7 +289,7 @@ void learner_step(struct learner *l, int step, int steps) {
 static void train(struct learner *l, int index) {
   int steps = l->recipe->epochs * l->shard->steps;
   learner_begin(l);
-  for (int step = 0; step < steps; step++) {
+  for (int step = 0; step < steps && !world_stops(l->world); step++) {
     learner_step(l, step, steps);
     if ((step + 1) % l->shard->steps == 0) close_epoch(l, index, step / l->shard->steps);
   }
@@ -349,10 +351,19 @@ int learner_run(struct learner *l, int index, struct outcome *outcome, struct er
   return l->k->synchronize(l->k, error);
 }
 
-void learner_pass(struct learner *l) {
-  for (int i = 0; i < l->shard->count; i++) {
+static void pass(struct learner *l, enum block_weights which) {
+  for (int i = 0; i < l->shard->count && !world_stopping(l->world); i++) {
     data *x = sample_at(l, l->x_q, i);
-    block_forward(l->block, BLOCK_FULL, x, x);
+    block_forward(l->block, which, x, x);
     poll(l);
   }
+}
+
+void learner_pass(struct learner *l) {
+  pass(l, BLOCK_FULL);
+}
+
+void learner_replay(struct learner *l) {
+  l->block->quantizer = l->recipe->activations;
+  pass(l, BLOCK_QUANTIZED);
 }

@@ -61,8 +61,8 @@ struct learner {
 int learner_init(struct learner *learner, struct error *error);
 void learner_free(struct learner *learner);
 
-/* Learns one loaded block, whose target is there: its effective tensors become the best quantization found, and x_q their output.
- * Collective. Errors: this rank's own: agree on them. */
+/* Learns one loaded block, whose target is there: its effective tensors become the best quantization found, and x_q their output. A run that
+ * is to stop (world_stopping) leaves it unfinished. Collective. Errors: this rank's own: agree on them, before anything is made of the block. */
 int learner_run(struct learner *learner, int index, struct outcome *outcome, struct error *error);
 
 /* What the latest block was quantized with. */
@@ -81,7 +81,8 @@ void learner_backward(struct learner *learner, float *gradient, /* [count], devi
 /* The block's effective tensors, quantized with these parameters. */
 void learner_quantize(struct learner *learner, struct learned with, bool at_rest);
 
-/* x_q through the block in full precision, without learning. */
+/* x_q through the block in full precision, and through the block as it is stored (block_load_stored), without learning. */
 void learner_pass(struct learner *learner);
+void learner_replay(struct learner *learner);
 
 #endif

@@ -452,6 +452,11 @@ void model_layout(struct model *model) {
   }
 }
 
+void model_widen(struct model *model) {
+  for (int i = 0; i < model->tensors; i++) model->tensor[i].dtype = DTYPE_F32;
+  model_layout(model);
+}
+
 int model_parse(struct model *model, const char *text, const char *path, struct error *error) {
   memset(model, 0, sizeof *model);
   json_error_t reason;

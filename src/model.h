@@ -129,6 +129,9 @@ int model_check_seqlen(const struct model *model, int seqlen, const char *where,
 /* Fixes offsets and sizes after dtypes have changed. */
 void model_layout(struct model *model);
 
+/* Takes every tensor as F32. */
+void model_widen(struct model *model);
+
 /* MLPs of a block: its experts, or the one of a dense block. */
 static inline int model_mlps(const struct model *model) {
   return model->experts ? model->experts : 1;

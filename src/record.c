@@ -203,3 +203,20 @@ int record_block(struct block_record *record, const struct learner *l, int index
   if (l->recipe->epochs > 0 && (l->recipe->lwc || l->recipe->let) && !error->code) record_losses(record, l, error);
   return error->code;
 }
+
+int64_t record_bytes(const struct model *model, const struct recipe *recipe) {
+  enum { OBJECT_BYTES = 1024, FILE_BYTES = 16384 }; /* of HDF5: a linear layer's groups, datasets and attributes; the run's attributes */
+  int64_t bytes = FILE_BYTES, widest = 0;
+  for (int i = 0; i < model->linears; i++) {
+    const struct linear *layer = &model->linear[i];
+    if (!layer->quantized) continue;
+    struct quantized_shape shape = lwc_shape(layer, recipe);
+    int64_t groups = groups_of(&shape), learned = recipe->lwc && recipe->epochs > 0 ? 2 * (int64_t)sizeof(float) : 0;
+    bytes += layer->rows * packed_row_bytes(layer->columns, recipe->wbits) + groups * (2 + 1 + learned) + 5 * OBJECT_BYTES;
+    if (layer->columns > widest) widest = layer->columns;
+  }
+  if (!recipe->let || recipe->epochs == 0) return bytes;
+  for (int i = 0; i < model->tensors; i++)
+    if (!model_quantizes(model, i)) bytes += model->tensor[i].rows * model->tensor[i].columns * (int64_t)sizeof(float) + OBJECT_BYTES;
+  return bytes + 2 * LET_PLACES * (widest * (int64_t)sizeof(float) + OBJECT_BYTES);
+}

@@ -10,6 +10,9 @@
 int record_block(struct block_record *record, const struct learner *learner, int index, const struct outcome *outcome, double seconds,
                  struct error *error);
 
+/* Bytes that a block's file takes, a few per cent at most too many: for who has to know before. */
+int64_t record_bytes(const struct model *model, const struct recipe *recipe);
+
 /* "rtn", "start", "end" */
 const char *record_kept_name(enum kept kept);
 

@@ -22,6 +22,7 @@ void target_free(struct target *t) {
 }
 
 static void forward_sample(struct target *t, int local) {
+  if (world_stopping(t->world)) return; /* nobody will need it */
   data *x = data_at(t->k, t->x, (int64_t)local * t->block->tokens * t->block->model->hidden);
   block_forward(t->block, BLOCK_FULL, x, x);
   if (t->stream) stream_poll(t->stream);
@@ -38,9 +39,9 @@ static void observed_sample(void *context, int local, float *out) {
   let_observe(t->statistics, t->block, out, (float)running_weight(shard_sample(t->shard, local), t->shard->samples));
 }
 
-void target_pass(struct target *t) {
+void target_pass(struct target *t, bool observed) {
   struct let_statistics *statistics = t->statistics;
-  if (!statistics) {
+  if (!statistics || !observed) {
     for (int i = 0; i < t->shard->count; i++) forward_sample(t, i);
     return;
   }

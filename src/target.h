@@ -23,7 +23,7 @@ struct target {
 int target_init(struct target *target, struct error *error);
 void target_free(struct target *target);
 
-/* Sends x through the loaded block, in place, and takes the statistics. Collective. */
-void target_pass(struct target *target);
+/* Sends x through the loaded block, in place; `observed`: and takes the statistics, if anybody asks for them. Collective. */
+void target_pass(struct target *target, bool observed);
 
 #endif

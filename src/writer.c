@@ -6,16 +6,17 @@
 
 struct writer {
   struct store *store;
+  struct world *world;
   bool busy;
   pthread_t thread;
   struct block_image image; /* the thread's while busy */
   struct error error;
 };
 
-int writer_open(struct store *store, struct writer **writer, struct error *error) {
+int writer_open(struct store *store, struct world *world, struct writer **writer, struct error *error) {
   *writer = calloc(1, sizeof **writer);
   if (!*writer) return error_set(error, ERROR_WORK, "out of memory for the block writer");
-  (*writer)->store = store;
+  **writer = (struct writer){.store = store, .world = world};
   return 0;
 }
 
@@ -23,6 +24,7 @@ static void *writer_main(void *argument) {
   struct writer *writer = argument;
   store_write_block(writer->store, &writer->image, &writer->error);
   block_image_free(&writer->image);
+  world_release(writer->world);
   return NULL;
 }
 
@@ -40,8 +42,10 @@ int writer_submit(struct writer *writer, struct block_image *image, struct error
   }
   writer->image = *image;
   *image = (struct block_image){0};
+  world_hold(writer->world);
   writer->busy = pthread_create(&writer->thread, NULL, writer_main, writer) == 0;
   if (writer->busy) return 0;
+  world_release(writer->world);
   block_image_free(&writer->image);
   return error_set(error, ERROR_WORK, "no thread for the block writer");
 }

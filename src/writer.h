@@ -3,11 +3,12 @@
 #define OMNIQUANT_WRITER_H
 
 #include "store.h"
+#include "world.h"
 
 struct writer; /* NULL on ranks that do not write: every function takes it */
 
-/* Errors: ERROR_WORK (memory). The store must outlive the writer. */
-int writer_open(struct store *store, struct writer **writer, struct error *error);
+/* Errors: ERROR_WORK (memory). The store must outlive the writer; the world does not end while a block is being written. */
+int writer_open(struct store *store, struct world *world, struct writer **writer, struct error *error);
 
 /* Waits for the block before and hands over the next; the image's memory becomes the writer's in any case.
  * Errors: those of writing the block before. */

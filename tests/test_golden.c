@@ -453,7 +453,7 @@ static void calibrate_step_by_step(struct run *run) {
   for (int index = 0; index < BLOCKS; index++) {
     load_block(run, index);
     if (run->golden->aug_loss) pass(run, BLOCK_FULL, run->learner.augmented, run->learner.x_q, SAMPLES);
-    target_pass(&run->target);
+    target_pass(&run->target, true);
     if (run->golden->let) check_statistics(run, index);
     train_block(run, index);
     learner_quantize(&run->learner, trained(run), run->at_rest);
@@ -477,7 +477,7 @@ static void take_a_tied_step(struct run *run) {
   if (run->model.rope.theta > 0) assert_int_equal(2 * channels[LET_QUERY_KEY], channels[LET_VALUE]);
   run->block.quantizer = run->recipe.activations;
   load_block(run, 0);
-  target_pass(&run->target);
+  target_pass(&run->target, true);
   learner_start(&run->learner);
   learner_begin(&run->learner);
   learner_step(&run->learner, 0, run->steps);
@@ -516,7 +516,7 @@ static void calibrate_a_block(struct run *run) {
   data *y = device(&run->memory, bytes);
   load_block(run, 0);
   run->k->copy(run->k, y, l->x_q, bytes);
-  target_pass(&run->target);
+  target_pass(&run->target, true);
   learner_run(l, 0, &outcome, &error);
   require(&error);
   check_losses(run, l->epoch_loss, "epoch_loss", 0, EPOCHS, EPOCHS, EPOCH_LOSS);

@@ -43,7 +43,8 @@ static void write_block(struct store *store, int index, bool grouped, int untrai
                                 .linear = &linear};
   struct error error = {0};
   struct block_image image;
-  if (block_image_make(&image, &record, "test", &error) || store_write_block(store, &image, &error)) fail_msg("%s", error.message);
+  if (block_image_make(&image, &record, store_info(store), "test", &error) || store_write_block(store, &image, &error))
+    fail_msg("%s", error.message);
   block_image_free(&image);
 }
 

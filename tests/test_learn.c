@@ -92,7 +92,7 @@ static void a_step_that_is_not_finite_is_skipped(void **context) {
     struct recipe recipe = small_recipe(6);
     recipe.let = let;
     setup_open(&s, "llama_gqa_tied", &recipe);
-    target_pass(&s.target);
+    target_pass(&s.target, true);
     int64_t n = hidden_count(&s.f);
     float *sample = fetched_data(&s.memory, data_at(s.k, s.learner.x_q, 3 * n), n);
     sample[17] = INFINITY;
@@ -125,7 +125,7 @@ static void no_block_ends_worse_than_it_began(void **context) {
     recipe.let_lr = 50;
     recipe.activations.abits = 4;
     setup_open(&s, models[i], &recipe);
-    target_pass(&s.target);
+    target_pass(&s.target, true);
     struct outcome outcome = run(&s);
     for (int j = 0; j < 3; j++) assert_false(outcome.loss[outcome.kept] > outcome.loss[j]);
     assert_true(isfinite(outcome.loss[outcome.kept]));
@@ -149,7 +149,7 @@ static void a_stream_of_nan_is_rounded_to_nearest(void **context) {
   struct setup s;
   struct recipe recipe = small_recipe(2);
   setup_open(&s, "qwen2", &recipe);
-  target_pass(&s.target);
+  target_pass(&s.target, true);
   s.k->load(s.k, s.learner.x_q, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
   struct outcome outcome = run(&s);
   assert_int_equal(outcome.kept, KEPT_RTN);
@@ -196,7 +196,7 @@ static void let_starts_by_its_formula(void **context) {
       middle[c] = i == 0 ? (low + high) / 2 : 0.99f * middle[c] + 0.01f * (low + high) / 2;
     }
   }
-  target_pass(&s.target);
+  target_pass(&s.target, true);
   learner_start(&s.learner);
   const float *w = fetched_data(m, block_tensor(&s.block, BLOCK_FULL, q->weight), q->rows * q->columns);
   const float *got = fetched_floats(m, s.learner.let.parameter, s.learner.let.count);
@@ -238,7 +238,7 @@ static void experts_compute_only_their_tokens(void **context) {
   setup_open(&s, "mixtral", &recipe);
   const struct model *model = &s.f.model;
   struct count count = {0, model->ffn, model->experts, TOKENS, model->hidden};
-  target_pass(&s.target);
+  target_pass(&s.target, true);
   learner_start(&s.learner);
   learner_quantize(&s.learner, (struct learned){s.learner.lwc.factor, NULL}, true);
   s.k->state->observer = count_product;
@@ -264,7 +264,7 @@ static void an_expert_without_tokens_is_rounded_to_nearest(void **context) {
   struct recipe recipe = small_recipe(1);
   recipe.let = true;
   setup_open(&s, "mixtral", &recipe);
-  target_pass(&s.target);
+  target_pass(&s.target, true);
   struct outcome outcome = run(&s);
   const float *factor = fetched_floats(&s.memory, s.learner.lwc.factor, 2 * s.learner.lwc.groups);
   int without = 0;

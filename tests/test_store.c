@@ -43,6 +43,7 @@ static struct store_info make_info(void) {
                              .recipe = "{\"wbits\": 3}",
                              .model_config = "{\"model_type\": \"llama\", \"name\": \"caf\xc3\xa9\"}",
                              .tokens_sha256 = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+                             .model_sha256 = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210",
                              .blocks = 3};
 }
 
@@ -167,7 +168,8 @@ static struct store *open_good(const char *path) {
 /* As calibrate does it: the file is made in memory and then written. */
 static int write_block(struct store *store, const struct block_record *record, struct error *error) {
   struct block_image image;
-  int code = block_image_make(&image, record, "test", error);
+  struct store_info info = make_info();
+  int code = block_image_make(&image, record, &info, "test", error);
   if (!code) code = store_write_block(store, &image, error);
   block_image_free(&image);
   return code;
@@ -309,7 +311,6 @@ static void only_a_new_or_empty_folder_is_taken(void **state) {
   assert_int_equal(mkdir(empty.text, 0700), 0);
   struct store *store = create_good(empty.text);
   store_close(store, &error);
-  refuse_create(empty.text, &info, "empty: holds another run (omniquant.h5); choose another --output or remove it");
   assert_int_equal(mkdir(other.text, 0700), 0);
   scratch_write(scratch_path(&other, "thesis.txt").text, "x", 1);
   refuse_create(other.text, &info, "other: is not empty (holds thesis.txt)");
@@ -339,6 +340,142 @@ static void a_store_that_cannot_be_described_is_not_begun(void **state) {
   info.tokens_sha256[3] = 0;
   refuse_create(out.text, &info, "attribute tokens_sha256");
   assert_int_equal(scratch_count(out.text), -1);
+}
+
+/* ---- going on ---- */
+
+static void the_same_run_goes_on(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = make_store();
+  struct store *store = create_good(out.text);
+  assert_true(store_has_block(store, 0) && !store_has_block(store, 1));
+  write_good(store, make_small(1));
+  store_abandon(store); /* nothing: a block is there */
+  store_close(store, &error);
+  store = open_good(out.text);
+  check_block(store, make_small(0));
+  check_block(store, make_small(1));
+  store_close(store, &error);
+  assert_int_equal(scratch_count(out.text), 2);
+}
+
+static void another_run_is_refused_by_its_difference(void **state) {
+  (void)state;
+  struct path out = make_store();
+  struct store_info info = make_info();
+  info.recipe = "{\"wbits\": 4}";
+  refuse_create(out.text, &info, "out: holds another run: recipe: wbits is 3 there and 4 here; choose another --output");
+  info.recipe = "{}";
+  refuse_create(out.text, &info, "recipe: wbits is 3 there and not set here");
+  info.recipe = "{\"wbits\": 3, \"seed\": 1}";
+  refuse_create(out.text, &info, "recipe: seed is not set there and 1 here");
+  info = make_info();
+  info.model_config = "{\"model_type\": \"llama\", \"name\": \"tea\"}";
+  refuse_create(out.text, &info, "model: name is \"caf");
+  info = make_info();
+  info.tokens_sha256[0] = '1';
+  refuse_create(out.text, &info, "tokens: it was calibrated with others");
+  info = make_info();
+  info.model_sha256[0] = '1';
+  refuse_create(out.text, &info, "model: it was made from other weights");
+  info = make_info();
+  info.blocks = 4;
+  refuse_create(out.text, &info, "model: another number of blocks");
+  info = make_info();
+  info.first_block = 1;
+  refuse_create(out.text, &info, "--blocks: it begins with 0 there and with 1 here");
+  assert_int_equal(scratch_count(out.text), 2);
+  struct error error = {0};
+  struct store *store = open_good(out.text);
+  check_block(store, make_small(0));
+  store_close(store, &error);
+}
+
+/* Damaged or lost, the master is made anew from what the blocks say: by a run that goes on, and by itself. */
+static void the_master_comes_back_from_the_blocks(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = make_store(), master = scratch_path(&out, "omniquant.h5");
+  struct store *store;
+  for (int damage = 0; damage < 4; damage++) {
+    if (damage % 2 == 0) assert_int_equal(unlink(master.text), 0);
+    if (damage % 2 == 1) assert_int_equal(truncate(master.text, 50), 0);
+    assert_int_equal(store_open(out.text, &store, &(struct error){0}), ERROR_INPUT);
+    if (damage < 2) {
+      store = create_good(out.text);
+    } else {
+      if (store_recover(out.text, &store, &error) || store_repair(store, &error)) fail_msg("%s", error.message);
+    }
+    store_close(store, &error);
+    store = open_good(out.text);
+    assert_string_equal(store_info(store)->recipe, make_info().recipe);
+    assert_string_equal(store_info(store)->model_sha256, make_info().model_sha256);
+    check_block(store, make_small(0));
+    store_close(store, &error);
+    assert_int_equal(scratch_count(out.text), 2);
+  }
+  struct store_info other = make_info();
+  other.tokens_sha256[0] = '1';
+  assert_int_equal(unlink(master.text), 0);
+  refuse_create(out.text, &other, "tokens: it was calibrated with others");
+  assert_int_equal(scratch_count(out.text), 1);
+}
+
+static void nothing_is_recovered_from_nothing(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct store *store;
+  struct path out = make_store(), block = scratch_path(&out, "blocks/0000.h5");
+  assert_int_equal(truncate(block.text, 100), 0);
+  assert_int_equal(store_recover(out.text, &store, &error), ERROR_INPUT);
+  check_said(&error, "nothing to recover");
+  struct store_info info = make_info();
+  assert_int_equal(truncate(scratch_path(&out, "omniquant.h5").text, 100), 0);
+  refuse_create(out.text, &info, "omniquant.h5: is not an HDF5 file, or damaged");
+  assert_int_equal(scratch_count(out.text), 2);
+}
+
+/* As kill -9 leaves it: temporary files, and a folder of blocks without a master. */
+static void what_a_killed_start_left_is_in_nobodys_way(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = scratch_path(&folder, "out"), blocks = scratch_path(&out, "blocks");
+  assert_int_equal(mkdir(out.text, 0700), 0);
+  assert_int_equal(mkdir(blocks.text, 0700), 0);
+  scratch_write(scratch_path(&out, ".omniquant-0123456789abcdef.tmp").text, "x", 1);
+  scratch_write(scratch_path(&blocks, ".omniquant-0123456789abcdef.tmp").text, "x", 1);
+  scratch_write(scratch_path(&out, ".omniquant-lock").text, "", 0);
+  struct store *store = create_good(out.text);
+  write_good(store, make_small(0));
+  assert_int_equal(scratch_count(blocks.text), 1);
+  store_close(store, &error);
+  assert_int_equal(scratch_count(out.text), 2);
+}
+
+static void two_do_not_write_at_once(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = scratch_path(&folder, "out");
+  struct store_info info = make_info();
+  struct store *store = create_good(out.text);
+  refuse_create(out.text, &info, "out: another omniquant is writing here");
+  write_good(store, make_small(0));
+  store_close(store, &error);
+  store_close(create_good(out.text), &error);
+}
+
+static void a_block_of_another_run_is_refused(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = make_store(), other = scratch_path(&folder, "other");
+  struct store_info info = make_info();
+  struct store *store;
+  info.recipe = "{\"wbits\": 3, \"seed\": 7}";
+  if (store_create(other.text, &info, &store, &error)) fail_msg("%s", error.message);
+  store_close(store, &error);
+  assert_int_equal(rename(scratch_path(&out, "blocks/0000.h5").text, scratch_path(&other, "blocks/0000.h5").text), 0);
+  refuse_read(other.text, 0, "blocks/0000.h5: belongs to another run than");
 }
 
 static void refuse_write(struct store *store, struct block_record record, const char *expected) {
@@ -430,7 +567,7 @@ static void a_store_that_cannot_be_begun_leaves_nothing(void **state) {
   assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
   assert_int_equal(code, ERROR_WORK);
   assert_null(store);
-  check_said(&error, "omniquant.h5.tmp: cannot be written: File too large");
+  check_said(&error, "omniquant.h5: cannot be written: File too large");
   assert_int_equal(scratch_count(out.text), -1);
   store_close(create_good(out.text), &error);
 }
@@ -877,6 +1014,13 @@ int main(void) {
       cmocka_unit_test_setup_teardown(a_block_may_be_written_again, setup, teardown),
       cmocka_unit_test_setup_teardown(long_texts_are_stored, setup, teardown),
       cmocka_unit_test_setup_teardown(only_a_new_or_empty_folder_is_taken, setup, teardown),
+      cmocka_unit_test_setup_teardown(the_same_run_goes_on, setup, teardown),
+      cmocka_unit_test_setup_teardown(another_run_is_refused_by_its_difference, setup, teardown),
+      cmocka_unit_test_setup_teardown(the_master_comes_back_from_the_blocks, setup, teardown),
+      cmocka_unit_test_setup_teardown(nothing_is_recovered_from_nothing, setup, teardown),
+      cmocka_unit_test_setup_teardown(what_a_killed_start_left_is_in_nobodys_way, setup, teardown),
+      cmocka_unit_test_setup_teardown(two_do_not_write_at_once, setup, teardown),
+      cmocka_unit_test_setup_teardown(a_block_of_another_run_is_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(a_store_that_cannot_be_described_is_not_begun, setup, teardown),
       cmocka_unit_test_setup_teardown(what_could_not_be_read_is_not_written, setup, teardown),
       cmocka_unit_test_setup_teardown(a_block_half_written_leaves_nothing, setup, teardown),
