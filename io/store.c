@@ -374,11 +374,12 @@ int store_read_block(struct store *store, int index, struct block_record *record
   return failed;
 }
 
-void store_abandon(const struct store *store) {
-  if (!store || !store->created) return;
+bool store_abandon(const struct store *store) {
+  if (!store || !store->created) return false;
   for (int i = 0; i < store->info.blocks; i++)
-    if (store_has_block(store, i)) return;
+    if (store_has_block(store, i)) return false;
   blocks_unmake(store);
+  return true;
 }
 
 /* Nothing waits to be flushed: every write was synced before it was reported as done. */

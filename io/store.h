@@ -102,8 +102,8 @@ int store_write_block(struct store *store, const struct block_image *image, stru
 int store_read_block(struct store *store, int index, struct block_record *record, /* receives the block, block_record_free */
                      struct error *error);
 
-/* Removes what store_create made if no block has been written since. NULL is allowed; the store stays open. */
-void store_abandon(const struct store *store);
+/* Removes what store_create made if no block has been written since, and says whether it has. NULL is allowed; the store stays open. */
+bool store_abandon(const struct store *store);
 
 /* Closes and unlocks; NULL is allowed. Returns the error's code, as it was before. */
 int store_close(struct store *store, struct error *error);

@@ -502,3 +502,23 @@ int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct
                         "bits a weight and seconds. Reads every block and so verifies its checksums.\v"
                         "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
 }
+
+static const struct setting verify_flags[] = {
+    {"repair", SETTING_BOOL, AT(verify.repair), 0, 1, NULL, NULL, "make a damaged or missing OUT/omniquant.h5 anew from the block files"},
+    {"json", SETTING_BOOL, AT(verify.json), 0, 1, NULL, NULL, "print one JSON object"},
+};
+
+int arguments_verify(struct arguments *arguments, int argc, char **argv, struct error *error) {
+  struct group groups[] = {{.header = "What to do:", .settings = verify_flags, .count = COUNT(verify_flags), .target = arguments}};
+  struct parse parse = {.arguments = arguments,
+                        .error = error,
+                        .groups = groups,
+                        .group_count = COUNT(groups),
+                        .operand = &arguments->verify.folder,
+                        .operand_name = "OUT"};
+  return run_subcommand(
+      &parse, argc, argv,
+      "Checks the folder OUT that calibrate made: every checksum, shapes against the model's, bits and groups against the "
+      "recipe's, and says which blocks are whole.\v"
+      "Exit status: 0 all blocks are there and whole, 1 some are damaged or missing, 2 wrong usage, or no store.");
+}

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "evaluate.h"
 #include "recipe.h"
+#include "verify.h"
 
 struct arguments {
   bool quiet;    /* in: print no help or version, another rank does */
@@ -25,6 +26,8 @@ struct arguments {
 
   const char *store; /* of inspect */
   bool json;
+
+  struct verify_options verify;
 };
 
 struct world;
@@ -51,6 +54,7 @@ void arguments_free(struct arguments *arguments);
 int arguments_calibrate(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_eval(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct error *error);
+int arguments_verify(struct arguments *arguments, int argc, char **argv, struct error *error);
 
 /* Makes the recipes of a calibration, one for each --config or one without: defaults (with --resume, what the store in OUT says), then the file, then the flags, whatever their order
  * was; checked, by themselves and against each other. Of several the store is OUT/NAME, NAME being that of the file without .yaml.

@@ -465,7 +465,7 @@ static void run_free(struct run *run, struct error *error) {
   for (int i = 0; i < run->count; i++) {
     struct error ignored = {0};
     streams_settle(&run->jobs[i].streams, &ignored);
-    if (error->code) store_abandon(run->jobs[i].store);
+    if (error->code && store_abandon(run->jobs[i].store)) streams_sweep(&run->jobs[i].streams, ABSENT);
     store_close(run->jobs[i].store, error);
     store_info_free(&run->jobs[i].info);
   }

@@ -40,48 +40,59 @@ static float *image_floats(const struct block_tensor *tensor, void *image) {
   return (float *)(void *)((char *)image + tensor->image_offset);
 }
 
+static int refuse(const struct block_record *record, const char *name, const char *what, const char *where, struct error *error) {
+  return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s", where, record->index, printable(name).text, what);
+}
+
 /* One of the model's linear layers, which may be some rows of the stored one. */
-static int put_linear(const struct block_record *record, const struct model *model, const struct linear *linear, void *image,
-                      const char *where, struct error *error) {
+static int check_linear(const struct block_record *record, const struct model *model, const struct linear *linear, const char *where,
+                        struct error *error) {
   const struct quantized_linear *stored = find_linear(record, linear->name);
   const struct block_tensor *weight = &model->tensor[linear->weight];
-  if (!stored || stored->out_features != weight->source.total || stored->in_features != weight->columns)
-    return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s; it was made from another model", where, record->index, linear->name,
-                     stored ? "another shape than the model's" : "missing");
-  float *out = image_floats(weight, image);
-  for (int64_t row = 0; row < weight->rows; row++) dequantize_row(stored, source_row(&weight->source, row), out + row * weight->columns);
-  return 0;
+  if (!stored) return refuse(record, linear->name, "missing; it was made from another model", where, error);
+  if (stored->out_features == weight->source.total && stored->in_features == weight->columns) return 0;
+  return refuse(record, linear->name, "another shape than the model's; it was made from another model", where, error);
 }
 
 /* A norm's weight or bias, a linear layer's bias, or the router. */
-static int put_folded(const struct block_record *record, const struct model *model, const struct named_array *array, void *image,
-                      const char *where, struct error *error) {
+static int check_folded(const struct block_record *record, const struct model *model, const struct named_array *array, const char *where,
+                        struct error *error) {
   const struct block_tensor *tensor = find_tensor(model, array->name);
-  const char *wrong = NULL;
-  bool matrix = tensor && tensor->dimensions == 2;
-  if (!tensor)
-    wrong = "the model has no such tensor to replace";
-  else if (array->dimensions != tensor->dimensions || array->shape[0] != (matrix ? tensor->rows : tensor->columns) ||
-           (matrix && array->shape[1] != tensor->columns))
-    wrong = "another shape than the model's";
-  if (wrong)
-    return error_set(error, ERROR_INPUT, "%s: block %d: %s: %s; it was made from another model", where, record->index,
-                     printable(array->name).text, wrong);
-  float *out = image_floats(tensor, image);
+  if (!tensor) return refuse(record, array->name, "the model has no such tensor to replace; it was made from another model", where, error);
+  bool matrix = tensor->dimensions == 2;
+  if (array->dimensions != tensor->dimensions || array->shape[0] != (matrix ? tensor->rows : tensor->columns) ||
+      (matrix && array->shape[1] != tensor->columns))
+    return refuse(record, array->name, "another shape than the model's; it was made from another model", where, error);
   bool finite = true;
-  for (int64_t i = 0; i < tensor->rows * tensor->columns; i++) {
-    out[i] = array->values[i];
-    finite = finite && isfinite(out[i]);
-  }
-  if (finite) return 0;
-  return error_set(error, ERROR_INPUT, "%s: block %d: %s: holds NaN or infinity; calibrate again", where, record->index, array->name);
+  for (int64_t i = 0; i < tensor->rows * tensor->columns; i++) finite = finite && isfinite(array->values[i]);
+  return finite ? 0 : refuse(record, array->name, "holds NaN or infinity; calibrate again", where, error);
+}
+
+int dequantize_check(const struct block_record *record, const struct model *model, const char *where, struct error *error) {
+  for (int i = 0; i < model->linears && !error->code; i++)
+    if (model->linear[i].quantized) check_linear(record, model, &model->linear[i], where, error);
+  for (int i = 0; i < record->folded_arrays && !error->code; i++) check_folded(record, model, &record->folded[i], where, error);
+  return error->code;
+}
+
+static void put_linear(const struct block_record *record, const struct model *model, const struct linear *linear, void *image) {
+  const struct quantized_linear *stored = find_linear(record, linear->name);
+  const struct block_tensor *weight = &model->tensor[linear->weight];
+  float *out = image_floats(weight, image);
+  for (int64_t row = 0; row < weight->rows; row++) dequantize_row(stored, source_row(&weight->source, row), out + row * weight->columns);
+}
+
+static void put_folded(const struct model *model, const struct named_array *array, void *image) {
+  const struct block_tensor *tensor = find_tensor(model, array->name);
+  memcpy(image_floats(tensor, image), array->values, (size_t)(tensor->rows * tensor->columns) * sizeof(float));
 }
 
 int dequantize_block(const struct block_record *record, const struct model *model, void *image, const char *where, struct error *error) {
-  for (int i = 0; i < model->linears && !error->code; i++)
-    if (model->linear[i].quantized) put_linear(record, model, &model->linear[i], image, where, error);
-  for (int i = 0; i < record->folded_arrays && !error->code; i++) put_folded(record, model, &record->folded[i], image, where, error);
-  return error->code;
+  if (dequantize_check(record, model, where, error)) return error->code;
+  for (int i = 0; i < model->linears; i++)
+    if (model->linear[i].quantized) put_linear(record, model, &model->linear[i], image);
+  for (int i = 0; i < record->folded_arrays; i++) put_folded(model, &record->folded[i], image);
+  return 0;
 }
 
 int dequantize_read_block(struct store *store, const struct checkpoint *checkpoint, const struct model *wide, int block, void *image,

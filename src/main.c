@@ -30,10 +30,16 @@ static int run_inspect(struct world *world, const struct arguments *arguments, s
   return inspect(arguments->store, arguments->json, error);
 }
 
+static int run_verify(struct world *world, const struct arguments *arguments, struct error *error) {
+  (void)world;
+  return verify(&arguments->verify, error);
+}
+
 static const struct command commands[] = {
     {"calibrate", "quantize a model and store it", true, arguments_calibrate, run_calibrate},
     {"eval", "measure the perplexity of a model, quantized or not", true, arguments_eval, run_eval},
     {"inspect", "show what a quantized model holds", false, arguments_inspect, run_inspect},
+    {"verify", "check that a quantized model is whole", false, arguments_verify, run_verify},
     {0},
 };
 
