@@ -24,12 +24,13 @@
 enum {
   MOST_ADDRESSES = 16,
   HOST_BYTES = 64,
-  CONNECT_MS = 3000,   /* for each address of rank 0 */
-  HELLO_SECONDS = 5,   /* until a stranger has shown the key */
-  IDLE_SECONDS = 10,   /* until an idle connection is probed; */
-  PROBE_SECONDS = 5,   /* probes without an answer that end it: */
-  PROBES = 3,          /* a host without power is gone after 25 s */
-  HOLD_SECONDS = 30,   /* that a peer's death waits for what is held */
+  CONNECT_MS = 3000, /* for each address of rank 0 */
+  HELLO_SECONDS = 5, /* until a stranger has shown the key */
+  IDLE_SECONDS = 10, /* until an idle connection is probed; */
+  PROBE_SECONDS = 5, /* probes without an answer that end it: */
+  PROBES = 3,        /* a host without power is gone after 25 s */
+  HOLD_SECONDS = 30, /* that a peer's death waits for what is held */
+  GOES_ON = -1,
   SAME_SIGNAL_MS = 500 /* a launcher and a batch script may both pass one signal on */
 };
 
@@ -75,6 +76,7 @@ struct watch {
   int peers, capacity;
   pthread_t thread;
   bool running;
+  atomic_int last_word; /* of this process: 0 or a status; GOES_ON before */
   atomic_int held;
 };
 
@@ -210,39 +212,38 @@ static void strangers_drop(struct watch *watch) {
   watch->peers = kept;
 }
 
-/* What the other threads of this process want: a signal to be passed on, or by 0 or less the end of the watch. */
-static int wish(const struct watch *watch) {
-  signed char word = 1;
-  if (read(watch->wake[0], &word, 1) != 1) return 1;
-  if (word > 0) stop_for(watch, word);
-  if (word == 0) tell_all(watch, BYE, 0);
-  if (word < 0) tell_all(watch, END, -word);
-  return word;
+/* A signal is to be passed on, or this is only to wake up. */
+static void woken(const struct watch *watch) {
+  unsigned char number = 0;
+  if (read(watch->wake[0], &number, 1) == 1 && number > 0) stop_for(watch, number);
 }
 
-/* Waits for anything to happen and deals with it; false: the watch is to end. */
-static bool watch_round(struct watch *watch) {
+/* Waits for anything to happen and deals with it. */
+static void watch_round(struct watch *watch) {
   int peers = watch->peers;
   struct pollfd *polled = calloc((size_t)peers + 2, sizeof *polled);
-  bool goes_on = true;
-  if (!polled) return nanosleep(&(struct timespec){.tv_sec = 1}, NULL) == 0; /* no memory for the moment */
+  if (!polled) { /* no memory for the moment */
+    nanosleep(&(struct timespec){.tv_sec = 1}, NULL);
+    return;
+  }
   for (int i = 0; i < peers; i++) polled[i] = (struct pollfd){.fd = watch->peer[i].fd, .events = POLLIN};
   polled[peers] = (struct pollfd){.fd = watch->wake[0], .events = POLLIN};
   polled[peers + 1] = (struct pollfd){.fd = watch->listener, .events = POLLIN};
   if (poll(polled, (nfds_t)peers + 2, HELLO_SECONDS * 1000) > 0) {
     for (int i = 0; i < peers; i++)
       if (polled[i].revents) peer_receive(watch, &watch->peer[i]);
-    if (polled[peers].revents) goes_on = wish(watch) > 0;
+    if (polled[peers].revents) woken(watch);
     if (polled[peers + 1].revents) peer_accept(watch);
   }
   free(polled);
   if (watch->rank == 0) strangers_drop(watch);
-  return goes_on;
 }
 
 static void *watch_main(void *argument) {
   struct watch *watch = argument;
-  while (watch_round(watch)) continue;
+  while (atomic_load(&watch->last_word) == GOES_ON) watch_round(watch);
+  int status = atomic_load(&watch->last_word);
+  tell_all(watch, status ? END : BYE, status);
   return NULL;
 }
 
@@ -337,7 +338,7 @@ static bool meet(struct watch *watch) {
 int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch, struct error *error) {
   struct watch *w = *watch = calloc(1, sizeof *w);
   struct meeting_point nowhere = {0}, *point = w ? &w->point : &nowhere;
-  if (w) *w = (struct watch){.rank = rank, .local_rank = local_rank, .listener = -1, .wake = {-1, -1}};
+  if (w) *w = (struct watch){.rank = rank, .local_rank = local_rank, .listener = -1, .wake = {-1, -1}, .last_word = GOES_ON};
   bool able = w && pipe2(w->wake, O_CLOEXEC | O_NONBLOCK) == 0;
   if (able && rank == 0) meeting_open(w, size);
   int mine, all = 0;
@@ -353,12 +354,13 @@ int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct
   return 0;
 }
 
-/* Ends the thread with a last word: 0 or a status. */
+/* Ends the thread with a last word: 0 or a status. It looks for it every few seconds, or at once when woken. */
 static void thread_end(struct watch *watch, int status) {
-  signed char word = (signed char)-status;
+  char wake = 0;
   if (!watch->running) return;
   wake_fd = -1;
-  while (write(watch->wake[1], &word, 1) < 0 && errno == EAGAIN) nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+  atomic_store(&watch->last_word, status);
+  if (write(watch->wake[1], &wake, 1) < 0) wake = 0; /* full: it is awake */
   pthread_join(watch->thread, NULL);
   watch->running = false;
 }

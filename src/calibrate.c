@@ -443,7 +443,6 @@ static int calibrate_blocks(struct run *run, struct error *error) {
     if (calibrate_block(run, index, error)) return error->code;
   close_writers(run, error);
   if (world_agree(run->world, error)) return error->code;
-  resume_forget(run);
   progress_close(run->progress);
   run->progress = NULL;
   return 0;
@@ -454,6 +453,7 @@ static int calibrate_all(struct run *run, struct error *error) {
   if (run->world->rank == 0) open_files(run, error);
   if (world_agree(run->world, error) || share_findings(run, error)) return error->code;
   if (blocks_left(run) > 0 && calibrate_blocks(run, error)) return error->code;
+  resume_forget(run);
   summarize(run, now() - begin);
   return 0;
 }
@@ -495,7 +495,8 @@ int calibrate(struct world *world, const struct calibrate_options *options, cons
                     .jobs = jobs,
                     .count = count};
   if (!jobs) error_set(error, ERROR_WORK, "out of memory for %d recipes", count);
-  for (int i = 0; jobs && i < count; i++) jobs[i] = (struct job){.recipe = &recipes[i].recipe, .output = recipes[i].output};
+  for (int i = 0; jobs && i < count; i++)
+    jobs[i] = (struct job){.recipe = &recipes[i].recipe, .output = recipes[i].output, .streams = {.output = recipes[i].output}};
   if (world_agree(world, error) == 0) {
     world_catch_signals(world);
     calibrate_all(&run, error);

@@ -91,6 +91,7 @@ int resume_streams(struct run *run, struct error *error) {
     }
     most = block - 1;
   }
+  if (run->start > 0 && run->world->rank == 0) fprintf(stderr, "hidden states are read from the checkpoint at block %d\n", run->start);
   return world_agree(run->world, error);
 }
 

@@ -1,4 +1,5 @@
-/* faults.c: the calls that the linker sends here. OMNIQUANT_FAULT="KIND N RANK" in the environment arms one in a process of that rank. */
+/* faults.c: the calls that the linker sends here. OMNIQUANT_FAULT="KIND N RANK" in the environment arms one in a
+ * process of that rank; with OMNIQUANT_FAULT_COUNT_CALLS it says at the end how many there were. */
 #include "faults.h"
 
 #include <errno.h>
@@ -27,6 +28,11 @@ long fault_calls(void) {
   return calls;
 }
 
+static void tell_calls(void) {
+  const char *rank = getenv("OMPI_COMM_WORLD_RANK");
+  fprintf(stderr, "calls of %s on rank %s: %ld\n", fault_names[armed], rank ? rank : "0", (long)calls);
+}
+
 /* Runs before main. */
 __attribute__((constructor)) static void arm_from_environment(void) {
   const char *text = getenv("OMNIQUANT_FAULT"), *rank = getenv("OMPI_COMM_WORLD_RANK");
@@ -36,6 +42,7 @@ __attribute__((constructor)) static void arm_from_environment(void) {
   if (!text || sscanf(text, "%15s %ld %d", kind, &n, &on) != 3 || on != (rank ? atoi(rank) : 0)) return;
   for (int i = 0; i < FAULTS; i++)
     if (strcmp(kind, fault_names[i]) == 0) fault_arm((enum fault)i, n);
+  if (getenv("OMNIQUANT_FAULT_COUNT_CALLS")) atexit(tell_calls);
 }
 
 /* Whether this call is the one that fails. */
