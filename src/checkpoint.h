@@ -18,8 +18,8 @@ int checkpoint_open(const char *folder, struct model *model, /* receives what th
 /* config.json as it stands; owned by the checkpoint. */
 const char *checkpoint_config(const struct checkpoint *checkpoint);
 
-/* SHA-256 over every tensor's name, type and shape and the first bytes of its values, in hexadecimal: tells one model's weights from
- * another's without reading them all. Errors: ERROR_WORK. */
+/* SHA-256 over every tensor's name, type and shape and some pieces of its values, in hexadecimal: tells one model's weights from another's
+ * without reading them all. Errors: ERROR_WORK. */
 int checkpoint_sha256(const struct checkpoint *checkpoint, char hex[65], struct error *error);
 
 /* Makes the image of a block: its tensors at model->tensor[i].image_offset in the types that `model` says (that of checkpoint_open, or

@@ -39,7 +39,7 @@ refused() {
 ok '^Usage: omniquant ' --help
 ok '^omniquant [0-9]*\.[0-9]*\.[0-9]*$' --version
 ok '^Usage: omniquant ' --usage
-for command in calibrate eval inspect; do
+for command in calibrate eval inspect verify; do
   ok " $command " --help
   ok "^Usage: omniquant $command " $command --help
   ok "^Usage: omniquant $command " $command --usage
