@@ -1,0 +1,163 @@
+#!/bin/bash
+# slurm.sh OMNIQUANT TEST_HELPER: the batch scripts under a real Slurm of two nodes on this machine: a run over both, runs that are preempted,
+# queued again, cancelled and stopped before their time limit and go on to the same codes, and a job array of two recipes.
+# shellcheck disable=SC2317 # functions are called through check
+# shellcheck source=tests/common.bash
+. "$(dirname "$0")/common.bash"
+# shellcheck source=tests/slurm/cluster.bash
+. "$(dirname "$0")/slurm/cluster.bash"
+
+! sanitized || skip "a build with sanitizers"
+missing=$(cluster_missing)
+[ -z "$missing" ] || skip "no Slurm can be started here: $missing"
+# shellcheck disable=SC2086 # names
+unset ${!SLURM_*} ${!SBATCH_*} ${!OMPI_MCA_*}
+cd "$(dirname "$0")/.." || exit 1
+
+folder=$(mktemp -d /tmp/omniquant-slurm.XXXXXX)
+trap 'cluster_stop; rm -rf "$work" "$folder"' EXIT
+cluster_start "$folder" || {
+  echo "the cluster does not start:"
+  tail -n 20 "$folder"/*.log
+  exit 1
+}
+srun --mpi=list 2>&1 | grep -q pmix || skip "this Slurm knows no PMIx"
+
+# ---- what is run ----
+
+blocks=24
+"$helper" tokens "$work/tokens.h5" 2000 96 1 && "$helper" model "$work/model" $blocks 64 4 2 128 96 F32 || exit 1
+for bits in 3 4; do printf '%s\n' "wbits: $bits" group_size:\ 32 samples:\ 8 seqlen:\ 32 batch:\ 2 epochs:\ 2 >"$work/w$bits.yaml"; done
+
+# The program, which in the first start of a job takes its time: $SLOW seconds a block.
+cat >"$work/slow" <<END
+#!/bin/sh
+[ "\${SLURM_RESTART_COUNT:-0}" -gt 0 ] || export OMNIQUANT_TEST_READ_SECONDS=\$SLOW
+exec "$program" "\$@"
+END
+chmod +x "$work/slow"
+export MODEL=$work/model TOKENS=$work/tokens.h5 RECIPE=$work/w4.yaml BINDING=none INTERFACE=lo SLOW=0
+
+# submit NAME OPTION... -- FLAG...: a job of two tasks on two nodes, if the options do not say otherwise. Its log is $work/NAME.log, its store
+# $work/NAME. Prints its number.
+submit() {
+  local name=$1 options=()
+  shift
+  while [ "$1" != -- ]; do options+=("$1") && shift; done
+  OUTPUT=$work/$name PROGRAM=$work/slow sbatch --parsable --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=30 --output="$work/$name.log" \
+    "${options[@]}" slurm/omniquant.sbatch --threads 1 "${@:2}"
+}
+
+# field JOB NAME: what Slurm says of a job.
+field() { scontrol --oneliner show job "$1" | grep -o " $2=[^ ]*" | cut -d = -f 2; }
+
+has() { [ "$(field "$1" "$2")" = "$3" ]; }
+stored() { find "$work/$1" -path '*/blocks/[0-9]*.h5' 2>/dev/null | wc -l; }
+stores() { [ "$(stored "$1")" -ge "$2" ]; }
+ended() { [[ $(field "$1" JobState) =~ COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|NODE_FAIL|OUT_OF_MEMORY ]]; }
+sums() { (cd "$work/$1" && sha256sum blocks/*.h5); }
+
+# within NAME SECONDS COMMAND...: waits until the command succeeds; says what the job did if it does not.
+within() {
+  local name=$1
+  shift
+  cluster_wait "$@" && return
+  cat "$work/$name.log"
+  squeue
+  return 1
+}
+
+# is NAME JOB FIELD VALUE: with the job's log if it is not.
+is() {
+  has "$2" "$3" "$4" && return
+  echo "$3 is $(field "$2" "$3"), not $4"
+  cat "$work/$1.log"
+  return 1
+}
+
+# ends_well NAME JOB STARTS RECIPE: the job completes, in that many starts, and what is stored is what an undisturbed run stores.
+ends_well() {
+  check "$1: ends" within "$1" 90 ended "$2"
+  check "$1: is completed" is "$1" "$2" JobState COMPLETED
+  check "$1: is started $3 times" is "$1" "$2" Restarts $(($3 - 1))
+  check "$1: the codes of an undisturbed run" "$helper" compare "$work/$4" "$work/${5:-$1}"
+}
+
+# What is there of blocks is not made again: the sums of their files are as in the file given.
+kept() {
+  (cd "$work/$1" && sha256sum --check --quiet "$work/$1.sums") && [ -s "$work/$1.sums" ]
+}
+
+for bits in 3 4; do
+  check "undisturbed: $bits bits" launch 2 calibrate --model "$MODEL" --tokens "$TOKENS" --config "$work/w$bits.yaml" --output "$work/w$bits"
+done
+
+# Stopped before its time limit: Slurm warns the batch script, 10 to 40 s after the start (it looks twice a minute, and allows for that).
+limited=$(SLOW=2 submit limited --time=1 --signal=B:USR1@20 --)
+
+# Preempted: SIGTERM to the tasks, and GraceTime. The urgent job needs the CPU of the one in `spare`, and of no other.
+spare=$(SLOW=1 submit spare --partition=spare --)
+check "spare: stores blocks" within spare 30 stores spare 2
+sums spare >"$work/spare.sums"
+check "spare: makes room for an urgent job" timeout 60 srun --partition=urgent --nodes=2 --ntasks=2 --cpus-per-task=7 true
+
+# Over two nodes.
+nodes=$(submit nodes --)
+ends_well nodes "$nodes" 1 w4
+check "nodes: ran on both" is nodes "$nodes" NodeList 'n[1-2]'
+check "nodes: two ranks" grep -q ' 2 ranks x 1 threads' "$work/nodes.log"
+
+# A job array of two recipes, under mpirun. Its last task, whose number is that of the whole array, is stopped and queued again, and no other.
+printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.yaml'" >"$work/cases.txt"
+array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=0.5 sbatch --parsable --array=1-2 --nodes=1 \
+  --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --threads 1)
+
+# Queued again in the middle by somebody else, cancelled, and stopped before anything is stored.
+requeued=$(SLOW=1 submit requeued --)
+cancelled=$(SLOW=1 submit cancelled --)
+empty=$(SLOW=30 submit empty --)
+bounded=$(RESTARTS=0 SLOW=1 submit bounded --)
+check "requeued: stores blocks" within requeued 30 stores requeued 2
+sums requeued >"$work/requeued.sums"
+check "requeued: is queued again" scontrol requeue "$requeued"
+check "cancelled: stores blocks" within cancelled 30 stores cancelled 2
+check "cancelled: is cancelled" scancel "$cancelled"
+check "bounded: stores blocks" within bounded 30 stores bounded 2
+check "empty: is stopped" scancel --signal=USR1 --batch "$empty"
+check "bounded: is stopped" scancel --signal=USR1 --batch "$bounded"
+check "array_2: stores blocks" within array_2 30 stores array/w4 2
+check "array_2: is stopped" scancel --signal=USR1 --batch "${array}_2"
+
+# stays NAME JOB STATE EXIT: the job ends so and is not queued again.
+stays() {
+  check "$1: ends" within "$1" 60 ended "$2"
+  check "$1: is $3" is "$1" "$2" JobState "$3"
+  check "$1: with status $4" is "$1" "$2" ExitCode "$4:0"
+  check "$1: is not queued again" is "$1" "$2" Restarts 0
+}
+
+stays empty "$empty" FAILED 75
+check "empty: says why" grep -q 'not queued again: no block was stored' "$work/empty.log"
+stays bounded "$bounded" FAILED 75
+check "bounded: says why" grep -q 'not queued again: this was restart 0 of 0' "$work/bounded.log"
+
+# Cancelled for good; the same submitted again goes on.
+stays cancelled "$cancelled" CANCELLED 75
+check "cancelled: is not whole" test "$(stored cancelled)" -lt $blocks
+check "cancelled: holds only blocks" test "$(find "$work/cancelled/blocks" -type f | wc -l)" = "$(stored cancelled)"
+sums cancelled >"$work/cancelled.sums"
+again=$(submit cancelled --)
+ends_well cancelled "$again" 1 w4
+check "cancelled: what was stored stays" kept cancelled
+
+ends_well requeued "$requeued" 2 w4
+check "requeued: what was stored stays" kept requeued
+ends_well array_1 "${array}_1" 1 w3 array/w3
+ends_well array_2 "${array}_2" 2 w4 array/w4
+ends_well spare "$spare" 2 w4
+check "spare: what was stored stays" kept spare
+check "spare: ended with 75" grep -q 'ended with status 75' "$work/spare.log"
+ends_well limited "$limited" 2 w4
+check "limited: ended with 75" grep -q 'ended with status 75' "$work/limited.log"
+echo "# $SECONDS s"
+finish
