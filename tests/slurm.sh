@@ -57,11 +57,11 @@ stores() { [ "$(stored "$1")" -ge "$2" ]; }
 ended() { [[ $(field "$1" JobState) =~ COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|NODE_FAIL|OUT_OF_MEMORY ]]; }
 sums() { (cd "$work/$1" && sha256sum blocks/*.h5); }
 
-# within NAME SECONDS COMMAND...: waits until the command succeeds; says what the job did if it does not.
+# within NAME SECONDS COMMAND...: waits until the command succeeds; says what the job did if it does not. All waits together end after 200 s.
 within() {
-  local name=$1
-  shift
-  cluster_wait "$@" && return
+  local name=$1 seconds=$(($2 < 200 - SECONDS ? $2 : 200 - SECONDS))
+  shift 2
+  cluster_wait "$seconds" "$@" && return
   cat "$work/$name.log"
   squeue
   return 1
@@ -81,6 +81,19 @@ ends_well() {
   check "$1: is completed" is "$1" "$2" JobState COMPLETED
   check "$1: is started $3 times" is "$1" "$2" Restarts $(($3 - 1))
   check "$1: the codes of an undisturbed run" "$helper" compare "$work/$4" "$work/${5:-$1}"
+}
+
+# kill_rank JOB RANK
+kill_rank() {
+  local process
+  for process in /proc/[0-9]*; do
+    [ "$(readlink "$process/exe")" = "$(readlink -f "$program")" ] || continue
+    if grep -qzxF "SLURM_JOB_ID=$1" "$process/environ" && grep -qzxF "SLURM_PROCID=$2" "$process/environ"; then
+      kill -KILL "${process#/proc/}" && return
+    fi
+  done
+  echo "job $1 has no rank $2"
+  return 1
 }
 
 # What is there of blocks is not made again: the sums of their files are as in the file given.
