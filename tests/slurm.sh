@@ -125,9 +125,10 @@ printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.
 array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=0.5 sbatch --parsable --array=1-2 --nodes=1 \
   --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --threads 1)
 
-# Queued again in the middle by somebody else, cancelled, and stopped before anything is stored.
+# In the middle queued again by somebody else, cancelled, one rank killed, and stopped where the job is not to come back.
 requeued=$(SLOW=1 submit requeued --)
 cancelled=$(SLOW=1 submit cancelled --)
+killed=$(SLOW=1 submit killed --)
 empty=$(SLOW=30 submit empty --)
 bounded=$(RESTARTS=0 SLOW=1 submit bounded --)
 check "requeued: stores blocks" within requeued 30 stores requeued 2
@@ -135,6 +136,9 @@ sums requeued >"$work/requeued.sums"
 check "requeued: is queued again" scontrol requeue "$requeued"
 check "cancelled: stores blocks" within cancelled 30 stores cancelled 2
 check "cancelled: is cancelled" scancel "$cancelled"
+check "killed: stores blocks" within killed 30 stores killed 2
+sums killed >"$work/killed.sums"
+check "killed: rank 1 dies" kill_rank "$killed" 1
 check "bounded: stores blocks" within bounded 30 stores bounded 2
 check "empty: is stopped" scancel --signal=USR1 --batch "$empty"
 check "bounded: is stopped" scancel --signal=USR1 --batch "$bounded"
@@ -165,6 +169,9 @@ check "cancelled: what was stored stays" kept cancelled
 
 ends_well requeued "$requeued" 2 w4
 check "requeued: what was stored stays" kept requeued
+ends_well killed "$killed" 2 w4
+check "killed: says which rank" grep -q 'rank 1 on host .* is gone' "$work/killed.log"
+check "killed: what was stored stays" kept killed
 ends_well array_1 "${array}_1" 1 w3 array/w3
 ends_well array_2 "${array}_2" 2 w4 array/w4
 ends_well spare "$spare" 2 w4
