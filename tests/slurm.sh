@@ -75,11 +75,15 @@ is() {
   return 1
 }
 
-# ends_well NAME JOB STARTS RECIPE: the job completes, in that many starts, and what is stored is what an undisturbed run stores.
+# ends_well NAME JOB STARTS RECIPE [STORE]: the job completes, in that many starts (more: 2 or more, where a second one may be too short on a slow
+# machine), and what is stored is what an undisturbed run stores.
 ends_well() {
   check "$1: ends" within "$1" 90 ended "$2"
   check "$1: is completed" is "$1" "$2" JobState COMPLETED
-  check "$1: is started $3 times" is "$1" "$2" Restarts $(($3 - 1))
+  case $3 in
+  more) check "$1: was queued again" test "$(field "$2" Restarts)" -gt 0 ;;
+  *) check "$1: is started $3 times" is "$1" "$2" Restarts $(($3 - 1)) ;;
+  esac
   check "$1: the codes of an undisturbed run" "$helper" compare "$work/$4" "$work/${5:-$1}"
 }
 
@@ -109,8 +113,9 @@ done
 limited=$(SLOW=2 submit limited --time=1 --signal=B:USR1@20 --)
 
 # Preempted: SIGTERM to the tasks, and GraceTime. The urgent job needs the CPU of the one in `spare`, and of no other.
-spare=$(SLOW=1 submit spare --partition=spare --)
-check "spare: stores blocks" within spare 30 stores spare 2
+spare=$(SLOW=1 submit spare --partition=spare -- --stream-checkpoint 1)
+check "spare: stores blocks" within spare 30 stores spare 3
+check "spare: both ranks keep their streams" test "$(find "$work/spare/streams" -name 'rank-*.safetensors' | wc -l)" -ge 2
 sums spare >"$work/spare.sums"
 check "spare: makes room for an urgent job" timeout 60 srun --partition=urgent --nodes=2 --ntasks=2 --cpus-per-task=7 true
 
@@ -122,15 +127,17 @@ check "nodes: two ranks" grep -q ' 2 ranks x 1 threads' "$work/nodes.log"
 
 # A job array of two recipes, under mpirun. Its last task, whose number is that of the whole array, is stopped and queued again, and no other.
 printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.yaml'" >"$work/cases.txt"
-array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=0.5 sbatch --parsable --array=1-2 --nodes=1 \
+array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=1 sbatch --parsable --array=1-2 --nodes=1 \
   --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --threads 1)
 
 # In the middle queued again by somebody else, cancelled, one rank killed, and stopped where the job is not to come back.
-requeued=$(SLOW=1 submit requeued --)
-cancelled=$(SLOW=1 submit cancelled --)
-killed=$(SLOW=1 submit killed --)
-empty=$(SLOW=30 submit empty --)
-bounded=$(RESTARTS=0 SLOW=1 submit bounded --)
+requeued=$(SLOW=2 submit requeued --)
+cancelled=$(SLOW=2 submit cancelled --)
+killed=$(SLOW=2 submit killed --)
+bounded=$(RESTARTS=0 SLOW=2 submit bounded --)
+empty=$(SLOW=10 submit empty --)
+check "array_2: stores blocks" within array_2 30 stores array/w4 2
+check "array_2: is stopped" scancel --signal=USR1 --batch "${array}_2"
 check "requeued: stores blocks" within requeued 30 stores requeued 2
 sums requeued >"$work/requeued.sums"
 check "requeued: is queued again" scontrol requeue "$requeued"
@@ -140,10 +147,9 @@ check "killed: stores blocks" within killed 30 stores killed 2
 sums killed >"$work/killed.sums"
 check "killed: rank 1 dies" kill_rank "$killed" 1
 check "bounded: stores blocks" within bounded 30 stores bounded 2
-check "empty: is stopped" scancel --signal=USR1 --batch "$empty"
 check "bounded: is stopped" scancel --signal=USR1 --batch "$bounded"
-check "array_2: stores blocks" within array_2 30 stores array/w4 2
-check "array_2: is stopped" scancel --signal=USR1 --batch "${array}_2"
+check "empty: begins" within empty 30 grep ' 2 ranks x 1 threads' "$work/empty.log"
+check "empty: is stopped" scancel --signal=USR1 --batch "$empty"
 
 # stays NAME JOB STATE EXIT: the job ends so and is not queued again.
 stays() {
@@ -158,12 +164,12 @@ check "empty: says why" grep -q 'not queued again: no block was stored' "$work/e
 stays bounded "$bounded" FAILED 75
 check "bounded: says why" grep -q 'not queued again: this was restart 0 of 0' "$work/bounded.log"
 
-# Cancelled for good; the same submitted again goes on.
+# Cancelled for good; the same submitted again goes on, on one rank.
 stays cancelled "$cancelled" CANCELLED 75
 check "cancelled: is not whole" test "$(stored cancelled)" -lt $blocks
 check "cancelled: holds only blocks" test "$(find "$work/cancelled/blocks" -type f | wc -l)" = "$(stored cancelled)"
 sums cancelled >"$work/cancelled.sums"
-again=$(submit cancelled --)
+again=$(submit cancelled --nodes=1 --)
 ends_well cancelled "$again" 1 w4
 check "cancelled: what was stored stays" kept cancelled
 
@@ -176,8 +182,9 @@ ends_well array_1 "${array}_1" 1 w3 array/w3
 ends_well array_2 "${array}_2" 2 w4 array/w4
 ends_well spare "$spare" 2 w4
 check "spare: what was stored stays" kept spare
+check "spare: the streams are gone" test ! -e "$work/spare/streams"
 check "spare: ended with 75" grep -q 'ended with status 75' "$work/spare.log"
-ends_well limited "$limited" 2 w4
+ends_well limited "$limited" more w4
 check "limited: ended with 75" grep -q 'ended with status 75' "$work/limited.log"
 echo "# $SECONDS s"
 finish
