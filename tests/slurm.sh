@@ -37,6 +37,7 @@ exec "$program" "\$@"
 END
 chmod +x "$work/slow"
 export MODEL=$work/model TOKENS=$work/tokens.h5 RECIPE=$work/w4.yaml BINDING=none INTERFACE=lo SLOW=0
+export TMPDIR=$folder # mpirun leaves folders there
 
 # submit NAME OPTION... -- FLAG...: a job of two tasks on two nodes, if the options do not say otherwise. Its log is $work/NAME.log, its store
 # $work/NAME. Prints its number.

@@ -9,6 +9,7 @@ cluster_daemons=() # process ids, in the order of their start
 cluster_missing() {
   local command
   [ "$(id -u)" = 0 ] || { echo "not root" && return; }
+  [ -n "$(hostname -I)" ] || { echo "no network interface, without which Slurm resolves no name" && return; }
   for command in munged mungekey slurmctld slurmd srun sbatch; do
     command -v "$command" >/dev/null || { echo "no $command: install the packages slurm-wlm and munge" && return; }
   done
