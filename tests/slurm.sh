@@ -91,10 +91,10 @@ ends_well() {
 # kill_rank JOB RANK
 kill_rank() {
   local process
-  for process in /proc/[0-9]*; do
-    [ "$(readlink "$process/exe")" = "$(readlink -f "$program")" ] || continue
-    if grep -qzxF "SLURM_JOB_ID=$1" "$process/environ" && grep -qzxF "SLURM_PROCID=$2" "$process/environ"; then
-      kill -KILL "${process#/proc/}" && return
+  for process in $(cluster_processes); do
+    [ "$(readlink "/proc/$process/exe")" = "$(readlink -f "$program")" ] || continue
+    if grep -qzxF "SLURM_JOB_ID=$1" "/proc/$process/environ" && grep -qzxF "SLURM_PROCID=$2" "/proc/$process/environ"; then
+      kill -KILL "$process" && return
     fi
   done
   echo "job $1 has no rank $2"
