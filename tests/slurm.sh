@@ -76,6 +76,13 @@ is() {
   return 1
 }
 
+# says NAME PATTERN: in the job's log, which is shown if it does not.
+says() {
+  grep -q "$2" "$work/$1.log" && return
+  cat "$work/$1.log"
+  return 1
+}
+
 # ends_well NAME JOB STARTS RECIPE [STORE]: the job completes, in that many starts (more: 2 or more, where a second one may be too short on a slow
 # machine), and what is stored is what an undisturbed run stores.
 ends_well() {
@@ -110,6 +117,12 @@ for bits in 3 4; do
   check "undisturbed: $bits bits" launch 2 calibrate --model "$MODEL" --tokens "$TOKENS" --config "$work/w$bits.yaml" --output "$work/w$bits"
 done
 
+# Over two nodes.
+nodes=$(submit nodes --)
+ends_well nodes "$nodes" 1 w4
+check "nodes: ran on both" is nodes "$nodes" NodeList 'n[1-2]'
+check "nodes: two ranks" says nodes ' 2 ranks x 1 threads'
+
 # Stopped before its time limit: Slurm warns the batch script, 10 to 40 s after the start (it looks twice a minute, and allows for that).
 limited=$(SLOW=2 submit limited --time=1 --signal=B:USR1@20 --)
 
@@ -119,12 +132,6 @@ check "spare: stores blocks" within spare 30 stores spare 3
 check "spare: both ranks keep their streams" test "$(find "$work/spare/streams" -name 'rank-*.safetensors' | wc -l)" -ge 2
 sums spare >"$work/spare.sums"
 check "spare: makes room for an urgent job" timeout 60 srun --partition=urgent --nodes=2 --ntasks=2 --cpus-per-task=7 true
-
-# Over two nodes.
-nodes=$(submit nodes --)
-ends_well nodes "$nodes" 1 w4
-check "nodes: ran on both" is nodes "$nodes" NodeList 'n[1-2]'
-check "nodes: two ranks" grep -q ' 2 ranks x 1 threads' "$work/nodes.log"
 
 # A job array of two recipes, under mpirun. Its last task, whose number is that of the whole array, is stopped and queued again, and no other.
 printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.yaml'" >"$work/cases.txt"
@@ -161,9 +168,9 @@ stays() {
 }
 
 stays empty "$empty" FAILED 75
-check "empty: says why" grep -q 'not queued again: no block was stored' "$work/empty.log"
+check "empty: says why" says empty 'not queued again: no block was stored'
 stays bounded "$bounded" FAILED 75
-check "bounded: says why" grep -q 'not queued again: this was restart 0 of 0' "$work/bounded.log"
+check "bounded: says why" says bounded 'not queued again: this was restart 0 of 0'
 
 # Cancelled for good; the same submitted again goes on, on one rank.
 stays cancelled "$cancelled" CANCELLED 75
@@ -177,15 +184,15 @@ check "cancelled: what was stored stays" kept cancelled
 ends_well requeued "$requeued" 2 w4
 check "requeued: what was stored stays" kept requeued
 ends_well killed "$killed" 2 w4
-check "killed: says which rank" grep -q 'rank 1 on host .* is gone' "$work/killed.log"
+check "killed: says which rank" says killed 'rank 1 on host .* is gone'
 check "killed: what was stored stays" kept killed
 ends_well array_1 "${array}_1" 1 w3 array/w3
 ends_well array_2 "${array}_2" 2 w4 array/w4
 ends_well spare "$spare" 2 w4
 check "spare: what was stored stays" kept spare
 check "spare: the streams are gone" test ! -e "$work/spare/streams"
-check "spare: ended with 75" grep -q 'ended with status 75' "$work/spare.log"
+check "spare: ended with 75" says spare 'ended with status 75'
 ends_well limited "$limited" more w4
-check "limited: ended with 75" grep -q 'ended with status 75' "$work/limited.log"
+check "limited: ended with 75" says limited 'ended with status 75'
 echo "# $SECONDS s"
 finish
