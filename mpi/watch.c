@@ -37,7 +37,7 @@ enum {
 /* ---- what goes over a connection ---- */
 
 /* One byte, which cannot come in parts: an end in peace; stop for a signal; exit with a status, without a word. */
-enum { BYE = 0, STOP = 0x40, END = 0x80, VALUE = 0x3f };
+enum { BYE = 0, STOP = 0x40, END = 0x80 };
 
 struct hello {
   unsigned char key[16];
@@ -93,7 +93,7 @@ static void end_process(struct watch *watch, int status) {
 
 /* Not waited for: who cannot take a byte is lost anyway. */
 static void tell(const struct peer *peer, int kind, int value) {
-  uint8_t message = (uint8_t)(kind | (value & VALUE));
+  uint8_t message = (uint8_t)(kind | value);
   if (peer->state == PEER_JOINED) send(peer->fd, &message, sizeof message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
@@ -108,8 +108,8 @@ static void peer_lost(struct watch *watch, const struct peer *peer) {
             peer->rank, peer->host);
     fflush(stderr);
   }
-  tell_all(watch, END, ERROR_WORK);
-  end_process(watch, ERROR_WORK);
+  tell_all(watch, END, ERROR_STOPPED);
+  end_process(watch, ERROR_STOPPED);
 }
 
 /* ---- the thread ---- */
@@ -121,7 +121,7 @@ static void stop_for(const struct watch *watch, int number) {
 }
 
 static void peer_hear(struct watch *watch, struct peer *peer, uint8_t message) {
-  int kind = message & ~VALUE, value = message & VALUE;
+  int kind = message & END ? END : message & STOP, value = message & ~kind;
   bool passed_on = watch->rank == 0;
   if (kind == BYE) peer->state = PEER_GONE;
   if (kind == STOP && !stop_signal) {

@@ -346,7 +346,7 @@ int arguments_calibrate(struct arguments *arguments, int argc, char **argv, stru
                             "  mpirun -np 2 omniquant calibrate --model llama --tokens text.h5 \\\n"
                             "      --config paper-w3a16g128.yaml --output llama-w3\n\n"
                             "SIGTERM, SIGINT and SIGUSR1 stop it; what is stored is whole, and the same command goes on from there.\n\n"
-                            "Exit status: 0 done, 1 failed at work, 2 wrong usage or input, 75 stopped by a signal.");
+                            "Exit status: 0 done, 1 failed at work, 2 wrong usage or input, 75 stopped by a signal or a rank's death.");
   if (code != 0 || arguments->answered) return code;
   if (check_backend(arguments->calibrate.backend, error)) return error->code;
   return arguments->blocks != NULL ? set_blocks(&arguments->calibrate, arguments->blocks, error) : 0;

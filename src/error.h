@@ -4,9 +4,10 @@
 #define OMNIQUANT_ERROR_H
 
 enum {
-  ERROR_WORK = 1,     /* failed at work: I/O, memory, a peer, a device */
-  ERROR_INPUT = 2,    /* wrong usage or input: nothing was started */
-  ERROR_STOPPED = 75, /* by a signal: what is stored is whole, the same command goes on (EX_TEMPFAIL of sysexits.h) */
+  ERROR_WORK = 1,  /* failed at work: I/O, memory, a peer, a device */
+  ERROR_INPUT = 2, /* wrong usage or input: nothing was started */
+  ERROR_STOPPED =
+      75, /* by a signal or by another rank's death: what is stored is whole, the same command goes on (EX_TEMPFAIL of sysexits.h) */
 };
 
 /* Zero-initialize before use: struct error error = {0}; */
