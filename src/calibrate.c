@@ -439,8 +439,12 @@ static int calibrate_blocks(struct run *run, struct error *error) {
   if (resume_streams(run, error)) return error->code;
   stream_start(run->stream, resume_first_item(run, run->start));
   if (run->start == 0 && embed(run, error)) return error->code;
-  for (int index = run->start; index < run->end; index++)
+  double replay_begin = now();
+  for (int index = run->start; index < run->end; index++) {
+    if (index > run->start && is_learned(run, index) && !is_learned(run, index - 1) && run->world->rank == 0)
+      fprintf(stderr, "blocks %d to %d passed through in %.1f s\n", run->start, index - 1, now() - replay_begin);
     if (calibrate_block(run, index, error)) return error->code;
+  }
   close_writers(run, error);
   if (world_agree(run->world, error)) return error->code;
   progress_close(run->progress);
