@@ -7,9 +7,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "hdf5_check.h"
 #include "printable.h"
 
 enum {
@@ -73,15 +73,7 @@ static hid_t access_make(void) {
 }
 
 hid_t hdf5_open(const struct hdf5_site *site, int64_t *bytes) {
-  struct stat status;
-  if (stat(site->path, &status) != 0) {
-    error_set(site->error, ERROR_INPUT, "%s: %s", site->path, strerror(errno));
-    return -1;
-  }
-  if (!S_ISREG(status.st_mode)) {
-    error_set(site->error, ERROR_INPUT, "%s: is not a regular file", site->path);
-    return -1;
-  }
+  if (hdf5_check(site, bytes)) return -1; /* the library would not stand what strangers write */
   hid_t access = access_make();
   hid_t file = access < 0 ? -1 : H5Fopen(site->path, H5F_ACC_RDONLY, access);
   if (file < 0) {
@@ -89,7 +81,6 @@ hid_t hdf5_open(const struct hdf5_site *site, int64_t *bytes) {
     error_set(site->error, ERROR_INPUT, "%s: is not an HDF5 file, or damaged: %s", site->path, reason.text);
   }
   hdf5_close(access);
-  *bytes = (int64_t)status.st_size;
   return file;
 }
 

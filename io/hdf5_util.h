@@ -25,7 +25,7 @@ struct hdf5_site {
 int hdf5_write_failed(const struct hdf5_site *site, const char *object);
 int hdf5_read_failed(const struct hdf5_site *site, const char *object);
 
-/* Opens a regular file to read; negative with the error set (ERROR_INPUT) if it is not there or not HDF5. */
+/* Opens a regular file to read; negative with the error set if it is not there, or not HDF5 as this program writes it (hdf5_check.h). */
 hid_t hdf5_open(const struct hdf5_site *site, int64_t *bytes /* receives the file's size */);
 
 /* A file is made in memory and written by ourselves: HDF5 cannot close a file whose disk is full, and crashes at exit for it. */

@@ -1,0 +1,521 @@
+/* hdf5_check.c: superblock, object headers and what they may hold. Messages that may stand in a header are a row of the table `messages`. */
+#include "hdf5_check.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "hdf5_walk.h"
+#include "printable.h"
+
+enum {
+  MAX_RANK = 2,
+  MAX_LAYOUT_BYTES = 64, /* of the message, for that rank */
+  PAGE_BITS = 10,        /* of a fixed array: elements of a page */
+  FLETCHER_BYTES = 4     /* that the checksum adds to a chunk */
+};
+
+/* A type of elements. */
+struct type {
+  uint64_t size;
+};
+
+struct space {
+  int rank; /* 0 for a single value */
+  uint64_t extent[MAX_RANK];
+  uint64_t count;
+};
+
+/* A piece of an object's header that is still to be read. */
+struct piece {
+  uint64_t address, length;
+};
+
+/* What the header of one object has said so far. */
+struct header {
+  unsigned seen; /* a bit a row of the table */
+  struct type type;
+  struct space space;
+  bool checksums; /* on each chunk of the dataset */
+  uint8_t layout[MAX_LAYOUT_BYTES];
+  size_t layout_bytes;
+  uint64_t links_heap, links_tree, attributes_heap, attributes_tree; /* UNDEFINED for none */
+  struct piece *pieces;
+  size_t piece_count;
+};
+
+/* ---- types and spaces ---- */
+
+/* Integers and IEEE numbers as they are in memory of one kind of machine or the other, and text of fixed length. */
+static int type_read(struct walk *walk, struct cursor *cursor, struct type *type) {
+  static const struct {
+    uint64_t size, sign;
+    uint8_t properties[12]; /* offset, precision, exponent's place and size, mantissa's, bias */
+  } floats[] = {{2, 15, {0, 0, 16, 0, 10, 5, 0, 10, 15, 0, 0, 0}},
+                {4, 31, {0, 0, 32, 0, 23, 8, 0, 23, 127, 0, 0, 0}},
+                {8, 63, {0, 0, 64, 0, 52, 11, 0, 52, 255, 3, 0, 0}}};
+  enum { INTEGER = 0, FLOAT = 1, TEXT = 3 };
+  uint64_t kind = cursor_number(cursor, 1), flags = cursor_number(cursor, 3), size = cursor_number(cursor, 4);
+  bool good = kind >> 4 >= 1 && kind >> 4 <= 3;
+  type->size = size;
+  if ((kind & 15) == INTEGER) {
+    uint64_t offset = cursor_number(cursor, 2), precision = cursor_number(cursor, 2);
+    good = good && (flags & ~9u) == 0 && (size == 1 || size == 2 || size == 4 || size == 8) && offset == 0 && precision == 8 * size;
+  } else if ((kind & 15) == FLOAT) {
+    const uint8_t *properties = cursor_bytes(cursor, sizeof floats->properties);
+    bool known = false;
+    for (size_t i = 0; properties && i < sizeof floats / sizeof *floats; i++)
+      known = known || (size == floats[i].size && flags == (0x20 | floats[i].sign << 8) &&
+                        memcmp(properties, floats[i].properties, sizeof floats->properties) == 0);
+    good = good && known;
+  } else {
+    good = good && (kind & 15) == TEXT && (flags & 15) <= 2 && flags >> 4 <= 1 && size >= 1;
+  }
+  return good && !cursor->beyond ? 0 : walk_foreign(walk, "is of another type than this program writes");
+}
+
+static int space_read(struct walk *walk, struct cursor *cursor, struct space *space) {
+  enum { HAS_MAXIMA = 1, SCALAR = 0, SIMPLE = 1 };
+  uint64_t version = cursor_number(cursor, 1), rank = cursor_number(cursor, 1), flags = cursor_number(cursor, 1),
+           kind = cursor_number(cursor, 1);
+  bool good = version == 2 && flags <= HAS_MAXIMA && (kind == SCALAR ? rank == 0 : kind == SIMPLE && rank >= 1 && rank <= MAX_RANK);
+  if (!good) return walk_foreign(walk, "has a shape of another kind than this program writes");
+  *space = (struct space){.rank = (int)rank, .count = 1};
+  for (int i = 0; i < space->rank; i++) {
+    space->extent[i] = cursor_number(cursor, 8);
+    if (__builtin_mul_overflow(space->count, space->extent[i], &space->count)) return walk_damaged(walk, "a shape is too large");
+  }
+  for (int i = 0; i < space->rank && flags == HAS_MAXIMA; i++)
+    if (cursor_number(cursor, 8) != space->extent[i]) return walk_foreign(walk, "has a shape that can grow");
+  return cursor->beyond ? walk_damaged(walk, "a shape is cut short") : 0;
+}
+
+/* ---- messages of an object's header ---- */
+
+static int nothing_message(struct walk *walk, struct header *header, struct cursor message) {
+  (void)walk, (void)header, (void)message;
+  return 0;
+}
+
+static int space_message(struct walk *walk, struct header *header, struct cursor message) {
+  int failed = space_read(walk, &message, &header->space);
+  return failed || cursor_done(&message) ? failed : walk_damaged(walk, "a shape is too long");
+}
+
+static int type_message(struct walk *walk, struct header *header, struct cursor message) {
+  int failed = type_read(walk, &message, &header->type);
+  return failed || cursor_done(&message) ? failed : walk_damaged(walk, "a type is too long");
+}
+
+/* Where links are that do not fit: their order of creation is not kept. */
+static int link_info_message(struct walk *walk, struct header *header, struct cursor message) {
+  bool plain = cursor_number(&message, 1) == 0;
+  plain = cursor_number(&message, 1) == 0 && plain;
+  header->links_heap = cursor_number(&message, 8);
+  header->links_tree = cursor_number(&message, 8);
+  return plain && cursor_done(&message) ? 0 : walk_foreign(walk, "is a group of another kind");
+}
+
+static int attribute_info_message(struct walk *walk, struct header *header, struct cursor message) {
+  bool plain = cursor_number(&message, 1) == 0;
+  plain = cursor_number(&message, 1) == 0 && plain;
+  header->attributes_heap = cursor_number(&message, 8);
+  header->attributes_tree = cursor_number(&message, 8);
+  return plain && cursor_done(&message) ? 0 : walk_foreign(walk, "has attributes of another kind");
+}
+
+/* The value of what was never written: none is given. */
+static int fill_message(struct walk *walk, struct header *header, struct cursor message) {
+  (void)header;
+  bool plain = cursor_number(&message, 1) == 3;
+  plain = (cursor_number(&message, 1) & 0xe0) == 0 && plain;
+  return plain && cursor_done(&message) ? 0 : walk_foreign(walk, "has a fill value");
+}
+
+static int link_read(struct walk *walk, struct cursor message, const uint32_t *hash) {
+  enum { LENGTH_WIDTH = 3, ORDER = 4, KIND = 8, CHARSET = 16, HARD = 0, EXTERNAL = 64 };
+  uint64_t version = cursor_number(&message, 1), flags = cursor_number(&message, 1);
+  if (version != 1 || flags & ~(uint64_t)(LENGTH_WIDTH | KIND | CHARSET)) return walk_foreign(walk, "has a link of another kind");
+  uint64_t kind = flags & KIND ? cursor_number(&message, 1) : HARD, charset = flags & CHARSET ? cursor_number(&message, 1) : 0;
+  uint64_t length = cursor_number(&message, 1 << (flags & LENGTH_WIDTH));
+  const uint8_t *name = cursor_bytes(&message, length);
+  if (!name || length == 0 || memchr(name, 0, length) || memchr(name, '/', length) || (length == 1 && *name == '.') || charset > 1 ||
+      (hash && *hash != hdf5_checksum(name, length))) {
+    return walk_damaged(walk, "a link has no proper name");
+  }
+  if (kind == HARD) {
+    uint64_t address = cursor_number(&message, 8);
+    return cursor_done(&message) ? walk_object(walk, address, name, length) : walk_damaged(walk, "a link is of another length");
+  }
+  char where[100]; /* of the link, for the message */
+  snprintf(where, sizeof where, "%.*s: is a link to elsewhere", (int)(length < 60 ? length : 60), (const char *)name);
+  if (kind != EXTERNAL) return walk_foreign(walk, printable(where).text);
+  uint64_t bytes = cursor_number(&message, 2); /* version and flags, file and object, both with a zero at the end */
+  bool whole = message.left == bytes && cursor_number(&message, 1) == 0;
+  const uint8_t *file = message.at, *end = whole ? memchr(file, 0, message.left) : NULL;
+  const uint8_t *object = end ? end + 1 : NULL, *last = object ? memchr(object, 0, message.left - (size_t)(object - file)) : NULL;
+  return last && last + 1 == message.at + message.left ? 0 : walk_damaged(walk, "a link to another file is cut short");
+}
+
+static int link_message(struct walk *walk, struct header *header, struct cursor message) {
+  (void)header;
+  return link_read(walk, message, NULL);
+}
+
+static int link_found(struct walk *walk, struct cursor message, uint32_t hash) {
+  return link_read(walk, message, &hash);
+}
+
+static int attribute_read(struct walk *walk, struct cursor message, const uint32_t *hash) {
+  struct type type;
+  struct space space;
+  bool plain = cursor_number(&message, 1) == 3;
+  plain = cursor_number(&message, 1) == 0 && plain; /* neither type nor space lie elsewhere */
+  uint64_t name_bytes = cursor_number(&message, 2), type_bytes = cursor_number(&message, 2), space_bytes = cursor_number(&message, 2);
+  plain = cursor_number(&message, 1) <= 1 && plain;
+  const uint8_t *name = cursor_bytes(&message, name_bytes);
+  struct cursor type_cursor = {cursor_bytes(&message, type_bytes), type_bytes, false};
+  struct cursor space_cursor = {cursor_bytes(&message, space_bytes), space_bytes, false};
+  if (!plain) return walk_foreign(walk, "has an attribute of another kind");
+  if (message.beyond || name_bytes < 2 || memchr(name, 0, name_bytes) != name + name_bytes - 1 ||
+      (hash && *hash != hdf5_checksum(name, name_bytes - 1))) {
+    return walk_damaged(walk, "an attribute is cut short or has no proper name");
+  }
+  char where[300];
+  const char *object = walk->where; /* the attribute is what is looked at now */
+  snprintf(where, sizeof where, "%s%sattribute %.60s", object, *object ? ": " : "", (const char *)name);
+  walk->where = where;
+  int failed = type_read(walk, &type_cursor, &type);
+  if (!failed) failed = space_read(walk, &space_cursor, &space);
+  uint64_t bytes = 0;
+  bool fits = !failed && !__builtin_mul_overflow(space.count, type.size, &bytes) && bytes == message.left && cursor_done(&type_cursor) &&
+              cursor_done(&space_cursor);
+  if (!failed && !fits) failed = walk_damaged(walk, "its value is of another length than its type and shape");
+  walk->where = object;
+  return failed;
+}
+
+static int attribute_message(struct walk *walk, struct header *header, struct cursor message) {
+  (void)header;
+  return attribute_read(walk, message, NULL);
+}
+
+static int attribute_found(struct walk *walk, struct cursor message, uint32_t hash) {
+  return attribute_read(walk, message, &hash);
+}
+
+static int layout_message(struct walk *walk, struct header *header, struct cursor message) {
+  if (message.left > sizeof header->layout) return walk_foreign(walk, "is stored in another way than this program does");
+  header->layout_bytes = message.left;
+  memcpy(header->layout, message.at, message.left);
+  return 0;
+}
+
+/* One filter: the checksum. */
+static int filter_message(struct walk *walk, struct header *header, struct cursor message) {
+  static const uint8_t fletcher32[] = {2, 1, 3, 0, 0, 0, 0, 0}; /* version, one filter, its number, flags, no values */
+  if (message.left != sizeof fletcher32 || memcmp(message.at, fletcher32, sizeof fletcher32) != 0)
+    return walk_foreign(walk, "is compressed, or filtered in another way than by a checksum");
+  header->checksums = true;
+  return 0;
+}
+
+static int piece_message(struct walk *walk, struct header *header, struct cursor message) {
+  struct piece *grown = realloc(header->pieces, (header->piece_count + 1) * sizeof *grown);
+  if (!grown) return error_set(walk->site->error, ERROR_WORK, "%s: out of memory", walk->site->path);
+  header->pieces = grown;
+  struct piece *piece = &header->pieces[header->piece_count++];
+  piece->address = cursor_number(&message, 8);
+  piece->length = cursor_number(&message, 8);
+  return cursor_done(&message) ? 0 : walk_damaged(walk, "a header's continuation is cut short");
+}
+
+enum { SPACE = 1, LINK_INFO = 2, TYPE = 3, LINK = 6, LAYOUT = 8 };
+
+static const struct {
+  int (*check)(struct walk *walk, struct header *header, struct cursor message);
+  bool many; /* may stand more than once */
+} messages[] = {
+    [0] = {nothing_message, true},          [SPACE] = {space_message, false}, [LINK_INFO] = {link_info_message, false},
+    [TYPE] = {type_message, false},         [5] = {fill_message, false},      [LINK] = {link_message, true},
+    [LAYOUT] = {layout_message, false},     [10] = {nothing_message, false}, /* when links move to a heap: for writing */
+    [11] = {filter_message, false},         [12] = {attribute_message, true}, [16] = {piece_message, true},
+    [21] = {attribute_info_message, false},
+};
+
+/* ---- where a dataset's bytes are ---- */
+
+static int not_stored(const struct walk *walk) {
+  return walk_damaged(walk, "too few bytes are stored for its size");
+}
+
+static int layout_foreign(const struct walk *walk) {
+  return walk_foreign(walk, "is stored in another way than this program does");
+}
+
+/* One element of a fixed array: the place of a chunk. */
+static int chunk_check(struct walk *walk, const struct header *header, struct cursor *element, int size_bytes, uint64_t chunk_bytes) {
+  uint64_t address = cursor_number(element, 8), bytes = chunk_bytes;
+  if (address == UNDEFINED) return not_stored(walk);
+  if (header->checksums) {
+    bytes = cursor_number(element, size_bytes);
+    if (cursor_number(element, 4) != 0 || bytes != chunk_bytes + FLETCHER_BYTES) return walk_damaged(walk, "a chunk is of another size");
+  }
+  return walk_take(walk, address, bytes);
+}
+
+struct array {
+  uint64_t header, chunks, chunk_bytes;
+  int size_bytes, element_bytes; /* of a chunk's size, and of all that is kept of a chunk */
+};
+
+/* The elements, in one piece or, if they are many, in pages with a checksum each. */
+static int array_block(struct walk *walk, const struct header *header, const struct array *array, uint64_t address) {
+  uint64_t page = (uint64_t)1 << PAGE_BITS, pages = array->chunks > page ? (array->chunks + page - 1) / page : 0;
+  uint64_t prefix = 4 + 1 + 1 + 8 + (pages + 7) / 8, elements = array->chunks * (uint64_t)array->element_bytes;
+  uint64_t first = pages ? prefix : prefix + elements; /* bytes before the first checksum */
+  uint8_t *bytes = walk_take_read(walk, address, prefix + elements + 4 * (pages + 1), "FADB");
+  if (!bytes) return walk->site->error->code;
+  struct cursor cursor = {bytes + 4, prefix - 4, false};
+  bool same = cursor_number(&cursor, 1) == 0;
+  same = cursor_number(&cursor, 1) == (header->checksums ? 1 : 0) && same;
+  same = cursor_number(&cursor, 8) == array->header && same;
+  for (uint64_t i = 0; i < pages; i++) same = (bytes[14 + i / 8] & 0x80 >> i % 8) != 0 && same; /* every page is there */
+  int failed = walk_checksum(walk, bytes, first);
+  if (!failed && !same) failed = walk_damaged(walk, "an index of chunks is not what it should be");
+  cursor = (struct cursor){bytes + prefix, pages ? elements + 4 * (pages + 1) : elements, false};
+  if (pages) cursor_bytes(&cursor, 4);
+  for (uint64_t i = 0; i < array->chunks && !failed; i++) {
+    if (pages && i % page == 0) {
+      uint64_t count = array->chunks - i < page ? array->chunks - i : page;
+      failed = walk_checksum(walk, cursor.at, count * (uint64_t)array->element_bytes);
+    }
+    if (!failed) failed = chunk_check(walk, header, &cursor, array->size_bytes, array->chunk_bytes);
+    if (pages && (i % page == page - 1 || i + 1 == array->chunks)) cursor_bytes(&cursor, 4);
+  }
+  free(bytes);
+  return failed;
+}
+
+static int array_check(struct walk *walk, const struct header *header, struct array *array) {
+  enum { BYTES = 28 };
+  uint8_t *bytes = walk_take_read(walk, array->header, BYTES, "FAHD");
+  if (!bytes) return walk->site->error->code;
+  struct cursor cursor = {bytes + 4, BYTES - 4, false};
+  bool same = cursor_number(&cursor, 1) == 0;
+  same = cursor_number(&cursor, 1) == (header->checksums ? 1 : 0) && same;
+  same = cursor_number(&cursor, 1) == (uint64_t)array->element_bytes && same;
+  same = cursor_number(&cursor, 1) == PAGE_BITS && same;
+  same = cursor_number(&cursor, 8) == array->chunks && same;
+  uint64_t address = cursor_number(&cursor, 8);
+  int failed = walk_checksum(walk, bytes, BYTES - 4);
+  free(bytes);
+  if (failed) return failed;
+  if (!same) return walk_damaged(walk, "an index of chunks is not what it should be");
+  /* Before anything is figured with it, the count must be one that the file has room for. */
+  if (address == UNDEFINED || array->chunks > walk->end / 8) return not_stored(walk);
+  return array_block(walk, header, array, address);
+}
+
+/* The number of chunks, and the bytes of one. */
+static int chunks_figure(const struct walk *walk, const struct header *header, struct cursor *cursor, uint64_t *chunks, uint64_t *bytes) {
+  const struct space *space = &header->space;
+  uint64_t rank = cursor_number(cursor, 1), width = cursor_number(cursor, 1);
+  *chunks = 1;
+  *bytes = 1;
+  if (rank != (uint64_t)space->rank + 1 || width < 1 || width > 8) return layout_foreign(walk);
+  for (int i = 0; i <= space->rank; i++) {
+    uint64_t size = cursor_number(cursor, (int)width);
+    if (size == 0 || __builtin_mul_overflow(*bytes, size, bytes) || *bytes > UINT32_MAX) return walk_damaged(walk, "a chunk is too large");
+    if (i == space->rank && size != header->type.size) return walk_damaged(walk, "a chunk has elements of another size");
+    if (i < space->rank && __builtin_mul_overflow(*chunks, (space->extent[i] - 1) / size + 1, chunks)) return not_stored(walk);
+  }
+  return 0;
+}
+
+static int chunked_check(struct walk *walk, const struct header *header, struct cursor *cursor) {
+  enum { ONE_FILTERED = 2, ONE = 1, FIXED_ARRAY = 3 };
+  uint64_t flags = cursor_number(cursor, 1), bytes, chunks;
+  int failed = chunks_figure(walk, header, cursor, &chunks, &bytes);
+  if (failed) return failed;
+  uint64_t index = cursor_number(cursor, 1);
+  if (index == ONE && flags == (header->checksums ? ONE_FILTERED : 0) && chunks == 1) {
+    uint64_t stored = bytes;
+    if (header->checksums) {
+      stored = cursor_number(cursor, 8);
+      if (cursor_number(cursor, 4) != 0 || stored != bytes + FLETCHER_BYTES) return not_stored(walk);
+    }
+    uint64_t address = cursor_number(cursor, 8);
+    if (!cursor_done(cursor)) return layout_foreign(walk);
+    return address == UNDEFINED ? not_stored(walk) : walk_take(walk, address, stored);
+  }
+  if (index != FIXED_ARRAY || flags != 0 || cursor_number(cursor, 1) != PAGE_BITS) return layout_foreign(walk);
+  struct array array = {.header = cursor_number(cursor, 8), .chunks = chunks, .chunk_bytes = bytes};
+  array.size_bytes = (63 - __builtin_clzll(bytes)) / 8 + 2; /* one byte more than the size takes: filters may make it larger */
+  array.element_bytes = 8 + (header->checksums ? array.size_bytes + 4 : 0);
+  if (!cursor_done(cursor)) return layout_foreign(walk);
+  return array.header == UNDEFINED ? not_stored(walk) : array_check(walk, header, &array);
+}
+
+static int dataset_check(struct walk *walk, const struct header *header) {
+  enum { CONTIGUOUS = 1, CHUNKED = 2 };
+  struct cursor cursor = {header->layout, header->layout_bytes, false};
+  uint64_t version = cursor_number(&cursor, 1), kind = cursor_number(&cursor, 1), bytes;
+  if ((version != 3 && version != 4) || header->space.rank == 0) return layout_foreign(walk);
+  if (__builtin_mul_overflow(header->space.count, header->type.size, &bytes)) return not_stored(walk);
+  if (kind == CONTIGUOUS && !header->checksums) {
+    uint64_t address = cursor_number(&cursor, 8), stored = cursor_number(&cursor, 8);
+    if (!cursor_done(&cursor)) return layout_foreign(walk);
+    if (stored != bytes || (bytes > 0 && address == UNDEFINED)) return not_stored(walk);
+    return bytes > 0 ? walk_take(walk, address, stored) : 0;
+  }
+  if (version != 4 || kind != CHUNKED || bytes == 0) return layout_foreign(walk);
+  return chunked_check(walk, header, &cursor);
+}
+
+/* ---- objects ---- */
+
+/* Reads the messages of one piece of a header. */
+static int messages_read(struct walk *walk, struct header *header, struct cursor *cursor) {
+  enum { PREFIX = 4, CONSTANT = 1, NOT_SHARED = 4 };
+  while (cursor->left >= PREFIX) { /* less is a gap */
+    uint64_t type = cursor_number(cursor, 1), length = cursor_number(cursor, 2), flags = cursor_number(cursor, 1);
+    struct cursor message = {cursor_bytes(cursor, length), length, false};
+    char what[60];
+    snprintf(what, sizeof what, "has a header message of another kind (%d)", (int)type);
+    if (!message.at) return walk_damaged(walk, "a header is cut short");
+    if (type >= sizeof messages / sizeof *messages || !messages[type].check || flags & ~(uint64_t)(CONSTANT | NOT_SHARED))
+      return walk_foreign(walk, what);
+    if (header->seen >> type & 1 && !messages[type].many) return walk_damaged(walk, "a header says the same thing twice");
+    header->seen |= 1u << type;
+    int failed = messages[type].check(walk, header, message);
+    if (failed) return failed;
+  }
+  return 0;
+}
+
+/* Finds the messages in the first piece of a header, whose bytes are freed by the caller; NULL with the error set. */
+static uint8_t *header_begin(struct walk *walk, uint64_t address, struct cursor *found) {
+  enum { LENGTH_WIDTH = 3, PHASE = 16, TIMES = 32, LONGEST = 4 + 1 + 1 + 16 + 4 + 8 };
+  uint8_t prefix[LONGEST];
+  uint64_t room = address < walk->end ? walk->end - address : 0;
+  struct cursor cursor = {prefix, room < LONGEST ? (size_t)room : LONGEST, false};
+  if (walk_read(walk, address, cursor.left, prefix)) return NULL;
+  cursor_bytes(&cursor, 4);
+  uint64_t version = cursor_number(&cursor, 1), flags = cursor_number(&cursor, 1);
+  if (version != 2 || flags & ~(uint64_t)(LENGTH_WIDTH | PHASE | TIMES)) {
+    walk_foreign(walk, "has a header of another kind");
+    return NULL;
+  }
+  if (flags & TIMES) cursor_bytes(&cursor, 16);
+  if (flags & PHASE) cursor_bytes(&cursor, 4); /* when attributes move to a heap: for writing */
+  uint64_t length = cursor_number(&cursor, 1 << (flags & LENGTH_WIDTH));
+  if (cursor.beyond || length > walk->end) {
+    walk_damaged(walk, "a header lies beyond its end");
+    return NULL;
+  }
+  size_t before = (size_t)(cursor.at - prefix);
+  uint8_t *bytes = walk_take_read(walk, address, before + length + 4, "OHDR");
+  if (bytes && walk_checksum(walk, bytes, before + length)) {
+    free(bytes);
+    return NULL;
+  }
+  if (bytes) *found = (struct cursor){bytes + before, (size_t)length, false};
+  return bytes;
+}
+
+static int header_read(struct walk *walk, uint64_t address, struct header *header) {
+  struct cursor cursor;
+  uint8_t *bytes = header_begin(walk, address, &cursor);
+  if (!bytes) return walk->site->error->code;
+  int failed = messages_read(walk, header, &cursor);
+  free(bytes);
+  for (size_t i = 0; i < header->piece_count && !failed; i++) {
+    enum { AROUND = 4 + 4 }; /* signature and checksum */
+    uint64_t length = header->pieces[i].length;
+    bytes = length < AROUND ? NULL : walk_take_read(walk, header->pieces[i].address, length, "OCHK");
+    if (!bytes) return walk_damaged(walk, "a header's continuation is too short");
+    cursor = (struct cursor){bytes + 4, (size_t)length - AROUND, false};
+    failed = walk_checksum(walk, bytes, (size_t)length - 4);
+    if (!failed) failed = messages_read(walk, header, &cursor);
+    free(bytes);
+  }
+  return failed;
+}
+
+static int object_check(struct walk *walk, uint64_t address) {
+  enum { GROUP_ONLY = 1u << LINK_INFO | 1u << LINK, DATASET_ONLY = 1u << SPACE | 1u << TYPE | 1u << LAYOUT };
+  struct header header = {.links_heap = UNDEFINED, .links_tree = UNDEFINED, .attributes_heap = UNDEFINED, .attributes_tree = UNDEFINED};
+  int failed = header_read(walk, address, &header);
+  bool group =
+      (header.seen & (DATASET_ONLY | GROUP_ONLY)) == (1u << LINK_INFO) || (header.seen & (DATASET_ONLY | GROUP_ONLY)) == GROUP_ONLY;
+  bool dataset = (header.seen & (DATASET_ONLY | GROUP_ONLY)) == DATASET_ONLY;
+  free(header.pieces);
+  if (failed) return failed;
+  if (!group && !dataset) return walk_foreign(walk, "is neither group nor dataset");
+  if (dataset) failed = dataset_check(walk, &header);
+  if (!failed && header.links_heap != UNDEFINED) failed = dense_check(walk, DENSE_LINKS, header.links_heap, header.links_tree, link_found);
+  if (!failed && header.attributes_heap != UNDEFINED)
+    failed = dense_check(walk, DENSE_ATTRIBUTES, header.attributes_heap, header.attributes_tree, attribute_found);
+  return failed;
+}
+
+/* ---- the file ---- */
+
+/* Reads the superblock; *root receives the address of the first group. */
+static int superblock_check(struct walk *walk, uint64_t file_bytes, uint64_t *root) {
+  enum { BYTES = 48, SIGNATURE_BYTES = 8 };
+  static const uint8_t signature[SIGNATURE_BYTES] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
+  uint8_t bytes[BYTES] = {0};
+  struct cursor cursor = {bytes + SIGNATURE_BYTES, BYTES - SIGNATURE_BYTES, false};
+  if (walk_read(walk, 0, file_bytes < BYTES ? (size_t)file_bytes : BYTES, bytes)) return walk->site->error->code;
+  if (memcmp(bytes, signature, SIGNATURE_BYTES) != 0) return walk_damaged(walk, "it does not begin as one");
+  uint64_t version = cursor_number(&cursor, 1);
+  if (version < 2) return walk_foreign(walk, "is of HDF5's old layout, which has no checksums");
+  bool plain = version <= 3 && cursor_number(&cursor, 1) == 8 && cursor_number(&cursor, 1) == 8; /* bytes of addresses and sizes */
+  bool closed = cursor_number(&cursor, 1) == 0;
+  uint64_t base = cursor_number(&cursor, 8), extension = cursor_number(&cursor, 8);
+  walk->end = cursor_number(&cursor, 8);
+  *root = cursor_number(&cursor, 8);
+  if (file_bytes < BYTES || walk->end > file_bytes) return walk_damaged(walk, "it is cut short");
+  walk->free_bytes = walk->end;
+  if (walk_checksum(walk, bytes, BYTES - 4)) return walk->site->error->code;
+  if (!plain || base != 0 || extension != UNDEFINED) return walk_foreign(walk, "is of another kind of HDF5 file");
+  if (!closed) return walk_damaged(walk, "who wrote it did not close it");
+  return walk_take(walk, 0, BYTES);
+}
+
+static int file_check(struct walk *walk, uint64_t file_bytes) {
+  uint64_t root = 0;
+  int failed = superblock_check(walk, file_bytes, &root);
+  if (!failed) failed = walk_object(walk, root, (const uint8_t *)"", 0);
+  for (size_t i = 0; i < walk->object_count && !failed; i++) {
+    struct walk_object object = walk->objects[i]; /* the array moves as it grows */
+    walk->where = object.name;
+    failed = object_check(walk, object.address);
+  }
+  return failed ? failed : walk_overlap(walk);
+}
+
+int hdf5_check(const struct hdf5_site *site, int64_t *bytes) {
+  struct walk walk = {.site = site, .where = ""};
+  struct stat status;
+  int failed = 0;
+  walk.fd = open(site->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* not to hang on a pipe */
+  if (walk.fd < 0 || fstat(walk.fd, &status) != 0) {
+    failed = error_set(site->error, ERROR_INPUT, "%s: %s", site->path, strerror(errno));
+  } else if (!S_ISREG(status.st_mode)) {
+    failed = error_set(site->error, ERROR_INPUT, "%s: is not a regular file", site->path);
+  } else {
+    *bytes = (int64_t)status.st_size;
+    failed = file_check(&walk, (uint64_t)status.st_size);
+  }
+  if (walk.fd >= 0) close(walk.fd);
+  free(walk.ranges);
+  free(walk.objects);
+  return failed;
+}
