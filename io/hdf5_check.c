@@ -247,6 +247,22 @@ static const struct {
     [21] = {attribute_info_message, false},
 };
 
+/* What else HDF5 may put into a header, by its number, in words that follow "has". */
+static const char *const foreign[] = {
+    [4] = "a fill value of the old layout",
+    [7] = "data in other files",
+    [9] = "a message of no meaning",
+    [13] = "a comment",
+    [14] = "a time of the old layout",
+    [15] = "shared messages",
+    [17] = "links of the old layout",
+    [18] = "a time",
+    [19] = "settings of trees",
+    [20] = "settings of drivers",
+    [22] = "more than one link to it",
+    [23] = "settings of file space",
+};
+
 /* ---- where a dataset's bytes are ---- */
 
 static int not_stored(const struct walk *walk) {
@@ -386,7 +402,8 @@ static int messages_read(struct walk *walk, struct header *header, struct cursor
     uint64_t type = cursor_number(cursor, 1), length = cursor_number(cursor, 2), flags = cursor_number(cursor, 1);
     struct cursor message = {cursor_bytes(cursor, length), length, false};
     char what[60];
-    snprintf(what, sizeof what, "has a header message of another kind (%d)", (int)type);
+    bool named = type < sizeof foreign / sizeof *foreign && foreign[type];
+    snprintf(what, sizeof what, "has %s", named ? foreign[type] : "a header message of another kind");
     if (!message.at) return walk_damaged(walk, "a header is cut short");
     if (type >= sizeof messages / sizeof *messages || !messages[type].check || flags & ~(uint64_t)(CONSTANT | NOT_SHARED))
       return walk_foreign(walk, what);
@@ -407,7 +424,7 @@ static uint8_t *header_begin(struct walk *walk, uint64_t address, struct cursor 
   if (walk_read(walk, address, cursor.left, prefix)) return NULL;
   cursor_bytes(&cursor, 4);
   uint64_t version = cursor_number(&cursor, 1), flags = cursor_number(&cursor, 1);
-  if (version != 2 || flags & ~(uint64_t)(LENGTH_WIDTH | PHASE | TIMES)) {
+  if (!cursor.beyond && (version != 2 || flags & ~(uint64_t)(LENGTH_WIDTH | PHASE | TIMES))) {
     walk_foreign(walk, "has a header of another kind");
     return NULL;
   }
@@ -474,14 +491,18 @@ static int superblock_check(struct walk *walk, uint64_t file_bytes, uint64_t *ro
   struct cursor cursor = {bytes + SIGNATURE_BYTES, BYTES - SIGNATURE_BYTES, false};
   if (walk_read(walk, 0, file_bytes < BYTES ? (size_t)file_bytes : BYTES, bytes)) return walk->site->error->code;
   if (memcmp(bytes, signature, SIGNATURE_BYTES) != 0) return walk_damaged(walk, "it does not begin as one");
+  if (file_bytes < BYTES) return walk_damaged(walk, "it is cut short");
   uint64_t version = cursor_number(&cursor, 1);
-  if (version < 2) return walk_foreign(walk, "is of HDF5's old layout, which has no checksums");
-  bool plain = version <= 3 && cursor_number(&cursor, 1) == 8 && cursor_number(&cursor, 1) == 8; /* bytes of addresses and sizes */
+  if (version < 2) {
+    return error_set(walk->site->error, ERROR_INPUT, "%s: is an HDF5 file of the old layout, without checksums, which is not read",
+                     walk->site->path);
+  }
+  bool plain = version <= 3 && cursor_number(&cursor, 2) == 0x0808; /* bytes of addresses and of sizes */
   bool closed = cursor_number(&cursor, 1) == 0;
   uint64_t base = cursor_number(&cursor, 8), extension = cursor_number(&cursor, 8);
   walk->end = cursor_number(&cursor, 8);
   *root = cursor_number(&cursor, 8);
-  if (file_bytes < BYTES || walk->end > file_bytes) return walk_damaged(walk, "it is cut short");
+  if (walk->end > file_bytes) return walk_damaged(walk, "it is cut short");
   walk->free_bytes = walk->end;
   if (walk_checksum(walk, bytes, BYTES - 4)) return walk->site->error->code;
   if (!plain || base != 0 || extension != UNDEFINED) return walk_foreign(walk, "is of another kind of HDF5 file");

@@ -112,33 +112,42 @@ static uint32_t turn(uint32_t x, int bits) {
   return x << bits | x >> (32 - bits);
 }
 
-/* Adds up to 12 bytes to the three words of the state. */
-static void add_bytes(uint32_t state[3], const uint8_t *bytes, size_t count) {
-  for (size_t i = 0; i < count; i++) state[i / 4] += (uint32_t)bytes[i] << 8 * (i % 4);
+static uint32_t word(const uint8_t *bytes) {
+  return bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
 }
 
+/* One of three words is mixed with the one before and added to that by the one behind. */
+#define MIX(x, before, behind, bits) (x -= (before), x ^= turn(before, bits), before += (behind))
+#define FINISH(x, by, bits)          (x ^= (by), x -= turn(by, bits))
+
 uint32_t hdf5_checksum(const void *from, size_t length) {
-  static const int mix[] = {4, 6, 8, 16, 19, 4}, last[] = {14, 11, 25, 16, 4, 14, 24};
   const uint8_t *bytes = from;
-  uint32_t s[3] = {0xdeadbeefu + (uint32_t)length, 0xdeadbeefu + (uint32_t)length, 0xdeadbeefu + (uint32_t)length};
-  if (length == 0) return s[2];
+  uint32_t a = 0xdeadbeefu + (uint32_t)length, b = a, c = a;
+  if (length == 0) return c;
   for (; length > 12; length -= 12, bytes += 12) {
-    add_bytes(s, bytes, 12);
-    for (int i = 0; i < 6; i++) { /* a, b, c take turns */
-      uint32_t *a = &s[i % 3], *b = &s[(i + 1) % 3], *c = &s[(i + 2) % 3];
-      *a -= *c;
-      *a ^= turn(*c, mix[i]);
-      *c += *b;
-    }
+    a += word(bytes);
+    b += word(bytes + 4);
+    c += word(bytes + 8);
+    MIX(a, c, b, 4);
+    MIX(b, a, c, 6);
+    MIX(c, b, a, 8);
+    MIX(a, c, b, 16);
+    MIX(b, a, c, 19);
+    MIX(c, b, a, 4);
   }
-  add_bytes(s, bytes, length);
-  for (int i = 0; i < 7; i++) { /* c from b, a from c, b from a, and again */
-    uint32_t *to = &s[(i + 2) % 3];
-    uint32_t by = s[(i + 1) % 3];
-    *to ^= by;
-    *to -= turn(by, last[i]);
-  }
-  return s[2];
+  uint8_t last[12] = {0};
+  memcpy(last, bytes, length);
+  a += word(last);
+  b += word(last + 4);
+  c += word(last + 8);
+  FINISH(c, b, 14);
+  FINISH(a, c, 11);
+  FINISH(b, a, 25);
+  FINISH(c, b, 16);
+  FINISH(a, c, 4);
+  FINISH(b, a, 14);
+  FINISH(c, b, 24);
+  return c;
 }
 
 int walk_checksum(const struct walk *walk, const uint8_t *bytes, size_t length) {

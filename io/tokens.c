@@ -9,10 +9,7 @@
 
 #include "hdf5_util.h"
 
-enum {
-  PIECE = 1 << 16,       /* ids read at once */
-  MAX_COMPRESSION = 1100 /* deflate, the best that token files use, reaches 1032 */
-};
+enum { PIECE = 1 << 16 }; /* ids read at once */
 
 struct tokens {
   char *path;
@@ -34,7 +31,7 @@ static int dataset_check(const struct hdf5_site *site, hid_t dataset, int64_t *c
     return error_set(site->error, ERROR_INPUT, "%s: tokens: is not a one-dimensional integer dataset; make the file with tools/tokenize.py",
                      site->path);
   }
-  if (length > INT64_MAX / 8 || length * size / MAX_COMPRESSION > H5Dget_storage_size(dataset)) {
+  if (length > INT64_MAX / 8 || length * size > H5Dget_storage_size(dataset)) {
     return error_set(site->error, ERROR_INPUT,
                      "%s: tokens: has %llu ids but too few bytes stored for them; the file is damaged, make it again", site->path,
                      (unsigned long long)length);
@@ -46,8 +43,19 @@ static int dataset_check(const struct hdf5_site *site, hid_t dataset, int64_t *c
 /* Adds the mend to what was wrong with a file of any kind. */
 static int mend_add(struct error *error) {
   size_t length = strlen(error->message);
-  snprintf(error->message + length, sizeof error->message - length, "; give a file made by tools/tokenize.py");
+  snprintf(error->message + length, sizeof error->message - length, "; make it anew with tools/tokenize.py");
   return error->code;
+}
+
+/* Opens `tokens`, which must be in this file and not a link out of it; negative with the error set. */
+static hid_t dataset_open(const struct hdf5_site *site, hid_t file) {
+  H5L_info_t info;
+  hid_t dataset = -1;
+  if (H5Lget_info(file, "tokens", &info, H5P_DEFAULT) >= 0 && info.type == H5L_TYPE_HARD) dataset = H5Dopen2(file, "tokens", H5P_DEFAULT);
+  if (dataset < 0) {
+    error_set(site->error, ERROR_INPUT, "%s: holds no dataset `tokens`; make the file with tools/tokenize.py", site->path);
+  }
+  return dataset;
 }
 
 int tokens_open(const char *path, struct tokens **tokens, struct error *error) {
@@ -62,10 +70,8 @@ int tokens_open(const char *path, struct tokens **tokens, struct error *error) {
   if (!failed) opened->file = hdf5_open(&site, &bytes);
   if (!failed && opened->file < 0) failed = mend_add(error);
   if (!failed) {
-    opened->dataset = H5Dopen2(opened->file, "tokens", H5P_DEFAULT);
-    if (opened->dataset < 0) {
-      failed = error_set(error, ERROR_INPUT, "%s: holds no dataset `tokens`; make the file with tools/tokenize.py", path);
-    }
+    opened->dataset = dataset_open(&site, opened->file);
+    if (opened->dataset < 0) failed = error->code;
   }
   if (!failed) failed = dataset_check(&site, opened->dataset, &opened->count);
   hdf5_leave();

@@ -37,11 +37,14 @@ static float next_uniform(uint64_t *state) {
 /* ---- tokens ---- */
 
 static int write_tokens(const char *path, const uint32_t *ids, hsize_t count) {
-  hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT), space = H5Screate_simple(1, &count, NULL);
+  hid_t access = H5Pcreate(H5P_FILE_ACCESS), space = H5Screate_simple(1, &count, NULL);
+  H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110); /* the layout that is read */
+  hid_t file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, access);
   hid_t dataset = H5Dcreate2(file, "tokens", H5T_STD_U32LE, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
   bool failed = H5Dwrite(dataset, H5T_NATIVE_UINT32, H5S_ALL, H5S_ALL, H5P_DEFAULT, ids) < 0;
   H5Dclose(dataset);
   H5Sclose(space);
+  H5Pclose(access);
   failed = H5Fclose(file) < 0 || failed;
   return failed ? say("cannot be written", path) : 0;
 }

@@ -31,16 +31,24 @@ static int64_t token(int64_t i) {
   return i * 7919 % 32000;
 }
 
-/* A file with one dataset, deflated where `chunk` is not 0; filled with token() unless `values` are given or `empty` asks for none. */
+/* The bounds of HDF5's versions in whose layout files are read. */
+static hid_t bounds(void) {
+  hid_t access = H5Pcreate(H5P_FILE_ACCESS);
+  assert_true(H5Pset_libver_bounds(access, H5F_LIBVER_V110, H5F_LIBVER_V110) >= 0);
+  return access;
+}
+
+/* A file with one dataset, in chunks with checksums where `chunk` is not 0; filled with token() unless `values` are given or `empty` asks for
+ * none. */
 static struct path make_file(const char *dataset, hid_t type, int dimensions, hsize_t count, hsize_t chunk, const int64_t *values,
                              int empty) {
   struct path path = scratch_path(&folder, "tokens.h5");
   hsize_t shape[2] = {count, 1}, chunks[2] = {chunk, 1};
-  hid_t file = H5Fcreate(path.text, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT), space = H5Screate_simple(dimensions, shape, NULL);
-  hid_t creation = H5Pcreate(H5P_DATASET_CREATE);
+  hid_t access = bounds(), file = H5Fcreate(path.text, H5F_ACC_TRUNC, H5P_DEFAULT, access);
+  hid_t space = H5Screate_simple(dimensions, shape, NULL), creation = H5Pcreate(H5P_DATASET_CREATE);
   if (chunk) {
     H5Pset_chunk(creation, dimensions, chunks);
-    H5Pset_deflate(creation, 6);
+    H5Pset_fletcher32(creation);
   }
   hid_t set = H5Dcreate2(file, dataset, type, space, H5P_DEFAULT, creation, H5P_DEFAULT);
   assert_true(set >= 0);
@@ -53,6 +61,7 @@ static struct path make_file(const char *dataset, hid_t type, int dimensions, hs
   }
   H5Dclose(set);
   H5Pclose(creation);
+  H5Pclose(access);
   H5Sclose(space);
   H5Fclose(file);
   return path;
@@ -174,8 +183,53 @@ static void other_files_are_refused(void **state) {
   refuse_file(make_file("input_ids", H5T_STD_U32LE, 1, 4, 0, NULL, 0).text, "holds no dataset `tokens`");
   refuse_file(make_file("tokens", H5T_STD_U32LE, 2, 4, 0, NULL, 0).text, "not a one-dimensional integer dataset");
   refuse_file(make_file("tokens", H5T_IEEE_F32LE, 1, 4, 0, NULL, 0).text, "not a one-dimensional integer dataset");
-  refuse_file(make_file("tokens", H5T_STD_U32LE, 1, (hsize_t)1 << 40, 1000, NULL, 1).text, "too few bytes stored");
-  refuse_file(make_file("tokens", H5T_STD_U32LE, 1, (hsize_t)1 << 62, 1000, NULL, 1).text, "too few bytes stored");
+  refuse_file(make_file("tokens", H5T_STD_U32LE, 1, (hsize_t)1 << 40, 1000, NULL, 1).text, "too few bytes are stored");
+  refuse_file(make_file("tokens", H5T_STD_U32LE, 1, (hsize_t)1 << 62, 1000, NULL, 1).text, "too few bytes are stored");
+}
+
+enum way { DEFLATED, GROWING, EXTERNAL, VIRTUAL, COMPACT, UNWRITTEN, FILLED, OLD, LINK_SOFT, LINK_EXTERNAL, A_GROUP, WAYS };
+
+/* Makes a file whose `tokens` are there in another way than they are written; what is said of it. */
+static const char *make_other(const char *path, enum way way) {
+  static const char link[] = "is a link to elsewhere", stored[] = "stored in another way";
+  hsize_t length = 4, most = way == GROWING ? H5S_UNLIMITED : 4, chunk = 4;
+  uint32_t ids[4] = {1, 2, 3, 4};
+  hid_t access = way == OLD ? H5P_DEFAULT : bounds(), file = H5Fcreate(path, H5F_ACC_TRUNC, H5P_DEFAULT, access);
+  hid_t space = H5Screate_simple(1, &length, &most), creation = H5Pcreate(H5P_DATASET_CREATE);
+  const char *said = "";
+  assert_true(file >= 0);
+  if (way == DEFLATED || way == GROWING || way == UNWRITTEN) H5Pset_chunk(creation, 1, &chunk);
+  if (way == DEFLATED) H5Pset_deflate(creation, 6), said = "is compressed";
+  if (way == GROWING) said = "can grow";
+  if (way == EXTERNAL) H5Pset_external(creation, "/etc/hostname", 0, 4 * sizeof *ids), said = "has data in other files";
+  if (way == VIRTUAL) H5Pset_virtual(creation, space, "/etc/hostname", "tokens", space), said = stored;
+  if (way == COMPACT) H5Pset_layout(creation, H5D_COMPACT), said = stored;
+  if (way == UNWRITTEN) said = "too few bytes are stored";
+  if (way == FILLED) H5Pset_fill_value(creation, H5T_NATIVE_UINT32, ids), said = "has a fill value";
+  if (way == OLD) said = "old layout, without checksums, which is not read; make it anew with tools/tokenize.py";
+  hid_t object = way < LINK_SOFT ? H5Dcreate2(file, "tokens", H5T_STD_U32LE, space, H5P_DEFAULT, creation, H5P_DEFAULT) : -1;
+  if (object >= 0 && way != EXTERNAL && way != VIRTUAL && way != UNWRITTEN)
+    assert_true(H5Dwrite(object, H5T_NATIVE_UINT32, H5S_ALL, H5S_ALL, H5P_DEFAULT, ids) >= 0);
+  if (way == LINK_SOFT) assert_true(H5Lcreate_soft("/other", file, "tokens", H5P_DEFAULT, H5P_DEFAULT) >= 0), said = link;
+  if (way == LINK_EXTERNAL)
+    assert_true(H5Lcreate_external("good.h5", "tokens", file, "tokens", H5P_DEFAULT, H5P_DEFAULT) >= 0), said = "holds no dataset `tokens`";
+  if (way == A_GROUP) object = H5Gcreate2(file, "tokens", H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT), said = "holds no dataset `tokens`";
+  if (object >= 0) H5Oclose(object);
+  H5Pclose(creation);
+  H5Sclose(space);
+  if (access != H5P_DEFAULT) H5Pclose(access);
+  assert_true(H5Fclose(file) >= 0);
+  return said;
+}
+
+/* What could lead to other files, to plug-ins or to more memory than the file has bytes, and what the library cannot be trusted with. */
+static void tokens_that_are_there_in_another_way_are_refused(void **state) {
+  (void)state;
+  struct path good = make_file("tokens", H5T_STD_U32LE, 1, 4, 4, NULL, 0), other = scratch_path(&folder, "other.h5");
+  assert_int_equal(rename(good.text, scratch_path(&folder, "good.h5").text), 0); /* where the external link leads */
+  good = scratch_path(&folder, "good.h5");
+  tokens_close(open_good(&good));
+  for (int way = 0; way < WAYS; way++) refuse_file(other.text, make_other(other.text, (enum way)way));
 }
 
 static void a_file_cut_short_is_refused(void **state) {
@@ -193,6 +247,7 @@ int main(void) {
       cmocka_unit_test_setup_teardown(a_file_without_tokens_is_read, setup, teardown),
       cmocka_unit_test_setup_teardown(ranges_and_ids_out_of_bounds_are_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(other_files_are_refused, setup, teardown),
+      cmocka_unit_test_setup_teardown(tokens_that_are_there_in_another_way_are_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(a_file_cut_short_is_refused, setup, teardown),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

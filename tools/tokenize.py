@@ -114,14 +114,26 @@ def resolve(place, total):
     return int(value * total) if share else value
 
 
+def fixed(value):
+    """An attribute's value, texts as UTF-8 of fixed length: HDF5 keeps others in a heap without checksums."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        return value
+    array = np.array([text.encode() for text in texts])
+    array = array.astype(h5py.string_dtype("utf-8", array.dtype.itemsize))
+    return array[0] if isinstance(value, str) else array
+
+
 def write(path, ids, attributes):
-    """Writes the token file; it appears under its name only when it is whole."""
+    """Writes the token file, in the layout of HDF5 1.10 with checksums, which is all that omniquant reads; it appears under its name only
+    when it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()  # its message is plainer than HDF5's
-        with h5py.File(temporary, "w") as file:
+        with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
             tokens = file.create_dataset("tokens", data=ids, dtype="<u4", chunks=(min(CHUNK, len(ids)),), fletcher32=True)
-            tokens.attrs.update(attributes)
+            for name, value in attributes.items():
+                tokens.attrs[name] = fixed(value)
         os.replace(temporary, path)
     except OSError as error:
         raise Failure(f"{path}: cannot be written ({error.strerror or error}); choose another --output or make room") from None

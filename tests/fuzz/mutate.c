@@ -15,6 +15,11 @@ struct area {
   bool data; /* fletcher32 of a chunk, else lookup3 of metadata */
 };
 
+/* The value of an attribute, or the data of a chunk: what the program is told once it trusts the structure. */
+struct value {
+  size_t at, size;
+};
+
 enum { MAX_AREAS = 1024 };
 
 struct input {
@@ -22,7 +27,8 @@ struct input {
   size_t size;
   size_t base; /* of the HDF5 file that is being looked at */
   struct area areas[MAX_AREAS];
-  size_t count;
+  struct value values[MAX_AREAS];
+  size_t count, value_count;
 };
 
 static uint64_t number(const struct input *input, size_t at, int width) {
@@ -78,11 +84,29 @@ static void add_if_right(struct input *input, size_t begin, uint64_t length, uin
 
 /* ---- structures ---- */
 
+static void add_value(struct input *input, size_t at, uint64_t size) {
+  if (input->value_count == MAX_AREAS || size == 0 || at > input->size || size > input->size - at) return;
+  input->values[input->value_count++] = (struct value){at, (size_t)size};
+}
+
+/* The attributes among the messages of a header. */
+static void find_values(struct input *input, size_t at, size_t end) {
+  enum { ATTRIBUTE = 12, PREFIX = 4, BEFORE_NAME = 9 };
+  while (at + PREFIX < end) {
+    uint64_t length = number(input, at + 1, 2), before = BEFORE_NAME;
+    for (size_t i = 2; i <= 6; i += 2) before += number(input, at + PREFIX + i, 2); /* name, type and shape */
+    if (number(input, at, 1) == ATTRIBUTE && before < length) add_value(input, at + PREFIX + before, length - before);
+    at += PREFIX + length;
+  }
+}
+
 static void find_header(struct input *input, size_t at) {
   uint64_t flags = number(input, at + 5, 1), before = 6 + (flags & 32 ? 16 : 0) + (flags & 16 ? 4 : 0);
   int width = 1 << (flags & 3);
   uint64_t length = number(input, at + before, width);
-  if (length < input->size) add(input, at, before + (uint64_t)width + length, before + (uint64_t)width + length, false);
+  if (length >= input->size) return;
+  add(input, at, before + (uint64_t)width + length, before + (uint64_t)width + length, false);
+  find_values(input, at + before + (size_t)width, at + before + (size_t)width + (size_t)length);
 }
 
 /* A header's continuation: its length stands beside its address somewhere. */
@@ -92,26 +116,35 @@ static void find_continuation(struct input *input, size_t at) {
   const uint8_t *found = memmem(input->bytes, input->size, address, 8);
   if (!found) return;
   uint64_t length = number(input, (size_t)(found - input->bytes) + 8, 8);
-  if (length >= 8 && length < input->size) add(input, at, length - 4, length - 4, false);
+  if (length < 8 || length >= input->size) return;
+  add(input, at, length - 4, length - 4, false);
+  find_values(input, at + 4, at + (size_t)length - 4);
 }
 
-/* Nodes do not say how many records they have: any length will do for which the checksum is right. */
-static void find_node(struct input *input, size_t at) {
-  for (size_t length = 6; length <= 740 && at + length + 4 <= input->size; length++) {
-    size_t before = input->count;
-    add_if_right(input, at, length, length);
-    if (input->count > before) return;
-  }
+/* Adds a structure of `first` bytes and any number of steps, which it does not say itself: that for which the checksum is right. */
+static void find_steps(struct input *input, size_t at, size_t first, size_t step, int most) {
+  size_t before = input->count;
+  for (int i = 0; i <= most && input->count == before; i++) add_if_right(input, at, first + step * (size_t)i, first + step * (size_t)i);
 }
 
-/* The same for blocks of a heap, whose size is a power of two. */
+/* A node of a tree: records, and in inner nodes pointers to one more node than these. */
+static void find_node(struct input *input, size_t at, bool inner) {
+  uint64_t type = number(input, at + 5, 1);
+  size_t record = type == 5 ? 11 : type == 8 ? 17 : 24;
+  if (!inner) find_steps(input, at, 6, record, 46);
+  for (size_t pointer = 9; inner && pointer <= 12; pointer++) find_steps(input, at, 6 + pointer, record + pointer, 26);
+}
+
+/* A block of a heap, whose size is a power of two. */
 static void find_block(struct input *input, size_t at) {
   for (uint64_t length = 512; length <= 65536; length *= 2)
     for (uint64_t offset = 4; offset <= 5; offset++) add_if_right(input, at, length, 13 + offset);
 }
 
 static void find_chunk(struct input *input, uint64_t address, uint64_t length) {
-  if (length > 4 && length < input->size && address < input->size) add(input, input->base + address, length - 4, length - 4, true);
+  if (length <= 4 || length >= input->size || address >= input->size) return;
+  add(input, input->base + address, length - 4, length - 4, true);
+  add_value(input, input->base + address, length - 4);
 }
 
 static void find_array(struct input *input, size_t at) {
@@ -142,28 +175,43 @@ static void find_layout(struct input *input, size_t at) {
 
 static void find_areas(struct input *input) {
   input->base = 0;
-  input->count = 0;
+  input->count = input->value_count = 0;
   for (size_t at = 0; at + 48 <= input->size; at++) {
-    const uint8_t *here = input->bytes + at;
-    if (memcmp(here, "\x89HDF", 4) == 0) {
+    switch (number(input, at, 4)) {
+    case 0x46444889: /* the letters of a signature as a number: \x89HDF */
       input->base = at;
       add(input, at, 44, 44, false);
-    } else if (memcmp(here, "\4\2\2", 3) == 0) {
-      find_layout(input, at);
-    } else if (memcmp(here, "OHDR", 4) == 0) {
+      break;
+    case 0x5244484f: /* OHDR */
       find_header(input, at);
-    } else if (memcmp(here, "OCHK", 4) == 0) {
+      break;
+    case 0x4b48434f: /* OCHK */
       find_continuation(input, at);
-    } else if (memcmp(here, "BTHD", 4) == 0) {
+      break;
+    case 0x44485442: /* BTHD */
       add(input, at, 34, 34, false);
-    } else if (memcmp(here, "FRHP", 4) == 0) {
+      break;
+    case 0x464c5442: /* BTLF */
+      find_node(input, at, false);
+      break;
+    case 0x4e495442: /* BTIN */
+      find_node(input, at, true);
+      break;
+    case 0x50485246: /* FRHP */
       add(input, at, 142, 142, false);
-    } else if (memcmp(here, "FAHD", 4) == 0) {
-      find_array(input, at);
-    } else if (memcmp(here, "BTLF", 4) == 0 || memcmp(here, "BTIN", 4) == 0 || memcmp(here, "FHIB", 4) == 0) {
-      find_node(input, at);
-    } else if (memcmp(here, "FHDB", 4) == 0) {
+      break;
+    case 0x42444846: /* FHDB */
       find_block(input, at);
+      break;
+    case 0x42494846: /* FHIB */
+      find_steps(input, at, 17, 32, 22);
+      find_steps(input, at, 18, 32, 30);
+      break;
+    case 0x44484146: /* FAHD */
+      find_array(input, at);
+      break;
+    default:
+      if (number(input, at, 3) == 0x020204) find_layout(input, at);
     }
   }
 }
@@ -203,6 +251,17 @@ static void field_change(struct input *input) {
   put(input, at, value_choose(input, at, width), width);
 }
 
+static void value_change(struct input *input) {
+  if (input->value_count == 0) return;
+  const struct value *value = &input->values[(size_t)rand() % input->value_count];
+  int width = value->size % 8 == 0 && rand() % 2 ? 8 : 1 << rand() % 3;
+  size_t at = value->at + (width == 8 ? (size_t)rand() % (value->size / 8) * 8 : (size_t)rand() % value->size);
+  if (rand() % 4 == 0)
+    LLVMFuzzerMutate(input->bytes + value->at, value->size, value->size);
+  else if (at + (size_t)width <= value->at + value->size)
+    put(input, at, value_choose(input, at, width), width);
+}
+
 /* Puts the beginning of one structure over another. */
 static void area_copy(struct input *input) {
   const struct area *from = &input->areas[(size_t)rand() % input->count], *to = &input->areas[(size_t)rand() % input->count];
@@ -228,7 +287,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *bytes, size_t size, size_t most, unsigne
     int way = rand() % 16;
     if (way == 0)
       area_copy(&input);
-    else if (way < 4)
+    else if (way < 8)
+      value_change(&input);
+    else if (way < 10)
       piece_change(&input);
     else
       field_change(&input);

@@ -104,7 +104,10 @@ static void add_tensor(struct writer *writer, const char *prefix, const char *na
   add(&writer->header, "", 1);
   writer->header.size--;
   if (memmem(writer->header.at, writer->header.size, key, strlen(key))) return; /* q, k and v may be one */
-  snprintf(shape, sizeof shape, dimensions == 2 ? "%lld,%lld" : "%2$lld", (long long)rows, (long long)columns);
+  if (dimensions == 2)
+    snprintf(shape, sizeof shape, "%lld,%lld", (long long)rows, (long long)columns);
+  else
+    snprintf(shape, sizeof shape, "%lld", (long long)columns);
   for (int64_t i = 0; i < rows * columns; i++) add_number(&writer->data, 0x3c00u + (uint64_t)i, 2);
   add_text(&writer->header, "%c%s:{\"dtype\":\"BF16\",\"shape\":[%s],\"data_offsets\":[%zu,%zu]}", begin ? ',' : '{', key, shape, begin,
            writer->data.size);
