@@ -171,8 +171,8 @@ static int link_found(struct walk *walk, struct cursor message, uint32_t hash) {
 }
 
 static int attribute_read(struct walk *walk, struct cursor message, const uint32_t *hash) {
-  struct type type;
-  struct space space;
+  struct type type = {0};
+  struct space space = {0};
   bool plain = cursor_number(&message, 1) == 3;
   plain = cursor_number(&message, 1) == 0 && plain; /* neither type nor space lie elsewhere */
   uint64_t name_bytes = cursor_number(&message, 2), type_bytes = cursor_number(&message, 2), space_bytes = cursor_number(&message, 2);

@@ -117,8 +117,16 @@ static uint32_t word(const uint8_t *bytes) {
 }
 
 /* One of three words is mixed with the one before and added to that by the one behind. */
-#define MIX(x, before, behind, bits) (x -= (before), x ^= turn(before, bits), before += (behind))
-#define FINISH(x, by, bits)          (x ^= (by), x -= turn(by, bits))
+static void mix(uint32_t *x, uint32_t *before, uint32_t behind, int bits) {
+  *x -= *before;
+  *x ^= turn(*before, bits);
+  *before += behind;
+}
+
+static void finish(uint32_t *x, uint32_t by, int bits) {
+  *x ^= by;
+  *x -= turn(by, bits);
+}
 
 uint32_t hdf5_checksum(const void *from, size_t length) {
   const uint8_t *bytes = from;
@@ -128,25 +136,25 @@ uint32_t hdf5_checksum(const void *from, size_t length) {
     a += word(bytes);
     b += word(bytes + 4);
     c += word(bytes + 8);
-    MIX(a, c, b, 4);
-    MIX(b, a, c, 6);
-    MIX(c, b, a, 8);
-    MIX(a, c, b, 16);
-    MIX(b, a, c, 19);
-    MIX(c, b, a, 4);
+    mix(&a, &c, b, 4);
+    mix(&b, &a, c, 6);
+    mix(&c, &b, a, 8);
+    mix(&a, &c, b, 16);
+    mix(&b, &a, c, 19);
+    mix(&c, &b, a, 4);
   }
   uint8_t last[12] = {0};
   memcpy(last, bytes, length);
   a += word(last);
   b += word(last + 4);
   c += word(last + 8);
-  FINISH(c, b, 14);
-  FINISH(a, c, 11);
-  FINISH(b, a, 25);
-  FINISH(c, b, 16);
-  FINISH(a, c, 4);
-  FINISH(b, a, 14);
-  FINISH(c, b, 24);
+  finish(&c, b, 14);
+  finish(&a, c, 11);
+  finish(&b, a, 25);
+  finish(&c, b, 16);
+  finish(&a, c, 4);
+  finish(&b, a, 14);
+  finish(&c, b, 24);
   return c;
 }
 
