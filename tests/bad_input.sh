@@ -219,7 +219,7 @@ cp "$tokens" "$store/omniquant.h5"
 eval_ends "store: another HDF5 file" "$store/omniquant.h5" "format" "not made by this program" --quantized "$store"
 rm -r "$store" && launch 1 calibrate --model "$work/model" --tokens "$tokens" --output "$store" --epochs 0 --samples 4 --seqlen 32 >"$work/log" 2>&1
 truncate -s -100 "$store/blocks/0001.h5"
-eval_ends "store: a block cut short" "$store/blocks/0001.h5" "truncated" "damaged" --quantized "$store"
+eval_ends "store: a block cut short" "$store/blocks/0001.h5" "cut short" "damaged" --quantized "$store"
 rm "$store/blocks/0001.h5"
 eval_ends "store: a block is missing" "$store" "block 1 is not there" "did not end" --quantized "$store"
 "$helper" model "$work/longer" 3 "${sizes[@]:1}" || exit 1

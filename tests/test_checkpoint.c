@@ -3,6 +3,7 @@
 #include "checkpoint.h"
 #include "compare.h"
 #include "dequantize.h"
+#include "scratch.h"
 
 enum { SAMPLES = 2, TOKENS = 24 };
 static const char *const folders[] = {"llama_mha", "llama_gqa_tied", "qwen2",      "qwen3",      "mistral", "opt",
@@ -265,6 +266,20 @@ static void what_does_not_belong_into_a_block_is_refused(void **context) {
   fixture_close(&f);
 }
 
+/* Which would wait for ever for someone to write to it. */
+static void a_pipe_is_no_config(void **context) {
+  (void)context;
+  struct error error = {0};
+  struct model model;
+  struct checkpoint *checkpoint;
+  struct path folder = scratch_init(), config = scratch_path(&folder, "config.json");
+  assert_int_equal(mkfifo(config.text, 0600), 0);
+  assert_int_equal(checkpoint_open(folder.text, &model, &checkpoint, &error), ERROR_INPUT);
+  assert_null(checkpoint);
+  if (!strstr(error.message, "config.json: is not a regular file")) fail_msg("%s", error.message);
+  scratch_free(&folder);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(embedding_is_that_of_transformers),
@@ -272,6 +287,7 @@ int main(void) {
       cmocka_unit_test(the_head_is_read_in_pieces),
       cmocka_unit_test(a_stored_block_is_put_into_its_image),
       cmocka_unit_test(what_does_not_belong_into_a_block_is_refused),
+      cmocka_unit_test(a_pipe_is_no_config),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
