@@ -12,24 +12,6 @@
 #include "hdf5_walk.h"
 #include "printable.h"
 
-enum {
-  MAX_RANK = 2,
-  MAX_LAYOUT_BYTES = 64, /* of the message, for that rank */
-  PAGE_BITS = 10,        /* of a fixed array: elements of a page */
-  FLETCHER_BYTES = 4     /* that the checksum adds to a chunk */
-};
-
-/* A type of elements. */
-struct type {
-  uint64_t size;
-};
-
-struct space {
-  int rank; /* 0 for a single value */
-  uint64_t extent[MAX_RANK];
-  uint64_t count;
-};
-
 /* A piece of an object's header that is still to be read. */
 struct piece {
   uint64_t address, length;
@@ -38,11 +20,7 @@ struct piece {
 /* What the header of one object has said so far. */
 struct header {
   unsigned seen; /* a bit a row of the table */
-  struct type type;
-  struct space space;
-  bool checksums; /* on each chunk of the dataset */
-  uint8_t layout[MAX_LAYOUT_BYTES];
-  size_t layout_bytes;
+  struct walk_dataset dataset;
   uint64_t links_heap, links_tree, attributes_heap, attributes_tree; /* UNDEFINED for none */
   struct piece *pieces;
   size_t piece_count;
@@ -51,7 +29,7 @@ struct header {
 /* ---- types and spaces ---- */
 
 /* Integers and IEEE numbers as they are in memory of one kind of machine or the other, and text of fixed length. */
-static int type_read(struct walk *walk, struct cursor *cursor, struct type *type) {
+static int type_read(struct walk *walk, struct cursor *cursor, uint64_t *type_bytes) {
   static const struct {
     uint64_t size, sign;
     uint8_t properties[12]; /* offset, precision, exponent's place and size, mantissa's, bias */
@@ -61,7 +39,7 @@ static int type_read(struct walk *walk, struct cursor *cursor, struct type *type
   enum { INTEGER = 0, FLOAT = 1, TEXT = 3 };
   uint64_t kind = cursor_number(cursor, 1), flags = cursor_number(cursor, 3), size = cursor_number(cursor, 4);
   bool good = kind >> 4 >= 1 && kind >> 4 <= 3;
-  type->size = size;
+  *type_bytes = size;
   if ((kind & 15) == INTEGER) {
     uint64_t offset = cursor_number(cursor, 2), precision = cursor_number(cursor, 2);
     good = good && (flags & ~9u) == 0 && (size == 1 || size == 2 || size == 4 || size == 8) && offset == 0 && precision == 8 * size;
@@ -78,13 +56,13 @@ static int type_read(struct walk *walk, struct cursor *cursor, struct type *type
   return good && !cursor->beyond ? 0 : walk_foreign(walk, "is of another type than this program writes");
 }
 
-static int space_read(struct walk *walk, struct cursor *cursor, struct space *space) {
+static int space_read(struct walk *walk, struct cursor *cursor, struct walk_space *space) {
   enum { HAS_MAXIMA = 1, SCALAR = 0, SIMPLE = 1 };
   uint64_t version = cursor_number(cursor, 1), rank = cursor_number(cursor, 1), flags = cursor_number(cursor, 1),
            kind = cursor_number(cursor, 1);
-  bool good = version == 2 && flags <= HAS_MAXIMA && (kind == SCALAR ? rank == 0 : kind == SIMPLE && rank >= 1 && rank <= MAX_RANK);
+  bool good = version == 2 && flags <= HAS_MAXIMA && (kind == SCALAR ? rank == 0 : kind == SIMPLE && rank >= 1 && rank <= WALK_MAX_RANK);
   if (!good) return walk_foreign(walk, "has a shape of another kind than this program writes");
-  *space = (struct space){.rank = (int)rank, .count = 1};
+  *space = (struct walk_space){.rank = (int)rank, .count = 1};
   for (int i = 0; i < space->rank; i++) {
     space->extent[i] = cursor_number(cursor, 8);
     if (__builtin_mul_overflow(space->count, space->extent[i], &space->count)) return walk_damaged(walk, "a shape is too large");
@@ -102,12 +80,12 @@ static int nothing_message(struct walk *walk, struct header *header, struct curs
 }
 
 static int space_message(struct walk *walk, struct header *header, struct cursor message) {
-  int failed = space_read(walk, &message, &header->space);
+  int failed = space_read(walk, &message, &header->dataset.space);
   return failed || cursor_done(&message) ? failed : walk_damaged(walk, "a shape is too long");
 }
 
 static int type_message(struct walk *walk, struct header *header, struct cursor message) {
-  int failed = type_read(walk, &message, &header->type);
+  int failed = type_read(walk, &message, &header->dataset.element_bytes);
   return failed || cursor_done(&message) ? failed : walk_damaged(walk, "a type is too long");
 }
 
@@ -171,8 +149,8 @@ static int link_found(struct walk *walk, struct cursor message, uint32_t hash) {
 }
 
 static int attribute_read(struct walk *walk, struct cursor message, const uint32_t *hash) {
-  struct type type = {0};
-  struct space space = {0};
+  uint64_t element_bytes = 0, bytes = 0;
+  struct walk_space space = {0};
   bool plain = cursor_number(&message, 1) == 3;
   plain = cursor_number(&message, 1) == 0 && plain; /* neither type nor space lie elsewhere */
   uint64_t name_bytes = cursor_number(&message, 2), type_bytes = cursor_number(&message, 2), space_bytes = cursor_number(&message, 2);
@@ -189,11 +167,10 @@ static int attribute_read(struct walk *walk, struct cursor message, const uint32
   const char *object = walk->where; /* the attribute is what is looked at now */
   snprintf(where, sizeof where, "%s%sattribute %.60s", object, *object ? ": " : "", (const char *)name);
   walk->where = where;
-  int failed = type_read(walk, &type_cursor, &type);
+  int failed = type_read(walk, &type_cursor, &element_bytes);
   if (!failed) failed = space_read(walk, &space_cursor, &space);
-  uint64_t bytes = 0;
-  bool fits = !failed && !__builtin_mul_overflow(space.count, type.size, &bytes) && bytes == message.left && cursor_done(&type_cursor) &&
-              cursor_done(&space_cursor);
+  bool fits = !failed && !__builtin_mul_overflow(space.count, element_bytes, &bytes) && bytes == message.left &&
+              cursor_done(&type_cursor) && cursor_done(&space_cursor);
   if (!failed && !fits) failed = walk_damaged(walk, "its value is of another length than its type and shape");
   walk->where = object;
   return failed;
@@ -209,9 +186,10 @@ static int attribute_found(struct walk *walk, struct cursor message, uint32_t ha
 }
 
 static int layout_message(struct walk *walk, struct header *header, struct cursor message) {
-  if (message.left > sizeof header->layout) return walk_foreign(walk, "is stored in another way than this program does");
-  header->layout_bytes = message.left;
-  memcpy(header->layout, message.at, message.left);
+  struct walk_dataset *dataset = &header->dataset;
+  if (message.left > sizeof dataset->layout) return walk_foreign(walk, "is stored in another way than this program does");
+  dataset->layout_bytes = message.left;
+  memcpy(dataset->layout, message.at, message.left);
   return 0;
 }
 
@@ -220,7 +198,7 @@ static int filter_message(struct walk *walk, struct header *header, struct curso
   static const uint8_t fletcher32[] = {2, 1, 3, 0, 0, 0, 0, 0}; /* version, one filter, its number, flags, no values */
   if (message.left != sizeof fletcher32 || memcmp(message.at, fletcher32, sizeof fletcher32) != 0)
     return walk_foreign(walk, "is compressed, or filtered in another way than by a checksum");
-  header->checksums = true;
+  header->dataset.checksums = true;
   return 0;
 }
 
@@ -262,136 +240,6 @@ static const char *const foreign[] = {
     [22] = "more than one link to it",
     [23] = "settings of file space",
 };
-
-/* ---- where a dataset's bytes are ---- */
-
-static int not_stored(const struct walk *walk) {
-  return walk_damaged(walk, "too few bytes are stored for its size");
-}
-
-static int layout_foreign(const struct walk *walk) {
-  return walk_foreign(walk, "is stored in another way than this program does");
-}
-
-/* One element of a fixed array: the place of a chunk. */
-static int chunk_check(struct walk *walk, const struct header *header, struct cursor *element, int size_bytes, uint64_t chunk_bytes) {
-  uint64_t address = cursor_number(element, 8), bytes = chunk_bytes;
-  if (address == UNDEFINED) return not_stored(walk);
-  if (header->checksums) {
-    bytes = cursor_number(element, size_bytes);
-    if (cursor_number(element, 4) != 0 || bytes != chunk_bytes + FLETCHER_BYTES) return walk_damaged(walk, "a chunk is of another size");
-  }
-  return walk_take(walk, address, bytes);
-}
-
-struct array {
-  uint64_t header, chunks, chunk_bytes;
-  int size_bytes, element_bytes; /* of a chunk's size, and of all that is kept of a chunk */
-};
-
-/* The elements, in one piece or, if they are many, in pages with a checksum each. */
-static int array_block(struct walk *walk, const struct header *header, const struct array *array, uint64_t address) {
-  uint64_t page = (uint64_t)1 << PAGE_BITS, pages = array->chunks > page ? (array->chunks + page - 1) / page : 0;
-  uint64_t prefix = 4 + 1 + 1 + 8 + (pages + 7) / 8, elements = array->chunks * (uint64_t)array->element_bytes;
-  uint64_t first = pages ? prefix : prefix + elements; /* bytes before the first checksum */
-  uint8_t *bytes = walk_take_read(walk, address, prefix + elements + 4 * (pages + 1), "FADB");
-  if (!bytes) return walk->site->error->code;
-  struct cursor cursor = {bytes + 4, prefix - 4, false};
-  bool same = cursor_number(&cursor, 1) == 0;
-  same = cursor_number(&cursor, 1) == (header->checksums ? 1 : 0) && same;
-  same = cursor_number(&cursor, 8) == array->header && same;
-  for (uint64_t i = 0; i < pages; i++) same = (bytes[14 + i / 8] & 0x80 >> i % 8) != 0 && same; /* every page is there */
-  int failed = walk_checksum(walk, bytes, first);
-  if (!failed && !same) failed = walk_damaged(walk, "an index of chunks is not what it should be");
-  cursor = (struct cursor){bytes + prefix, pages ? elements + 4 * (pages + 1) : elements, false};
-  if (pages) cursor_bytes(&cursor, 4);
-  for (uint64_t i = 0; i < array->chunks && !failed; i++) {
-    if (pages && i % page == 0) {
-      uint64_t count = array->chunks - i < page ? array->chunks - i : page;
-      failed = walk_checksum(walk, cursor.at, count * (uint64_t)array->element_bytes);
-    }
-    if (!failed) failed = chunk_check(walk, header, &cursor, array->size_bytes, array->chunk_bytes);
-    if (pages && (i % page == page - 1 || i + 1 == array->chunks)) cursor_bytes(&cursor, 4);
-  }
-  free(bytes);
-  return failed;
-}
-
-static int array_check(struct walk *walk, const struct header *header, struct array *array) {
-  enum { BYTES = 28 };
-  uint8_t *bytes = walk_take_read(walk, array->header, BYTES, "FAHD");
-  if (!bytes) return walk->site->error->code;
-  struct cursor cursor = {bytes + 4, BYTES - 4, false};
-  bool same = cursor_number(&cursor, 1) == 0;
-  same = cursor_number(&cursor, 1) == (header->checksums ? 1 : 0) && same;
-  same = cursor_number(&cursor, 1) == (uint64_t)array->element_bytes && same;
-  same = cursor_number(&cursor, 1) == PAGE_BITS && same;
-  same = cursor_number(&cursor, 8) == array->chunks && same;
-  uint64_t address = cursor_number(&cursor, 8);
-  int failed = walk_checksum(walk, bytes, BYTES - 4);
-  free(bytes);
-  if (failed) return failed;
-  if (!same) return walk_damaged(walk, "an index of chunks is not what it should be");
-  /* Before anything is figured with it, the count must be one that the file has room for. */
-  if (address == UNDEFINED || array->chunks > walk->end / 8) return not_stored(walk);
-  return array_block(walk, header, array, address);
-}
-
-/* The number of chunks, and the bytes of one. */
-static int chunks_figure(const struct walk *walk, const struct header *header, struct cursor *cursor, uint64_t *chunks, uint64_t *bytes) {
-  const struct space *space = &header->space;
-  uint64_t rank = cursor_number(cursor, 1), width = cursor_number(cursor, 1);
-  *chunks = 1;
-  *bytes = 1;
-  if (rank != (uint64_t)space->rank + 1 || width < 1 || width > 8) return layout_foreign(walk);
-  for (int i = 0; i <= space->rank; i++) {
-    uint64_t size = cursor_number(cursor, (int)width);
-    if (size == 0 || __builtin_mul_overflow(*bytes, size, bytes) || *bytes > UINT32_MAX) return walk_damaged(walk, "a chunk is too large");
-    if (i == space->rank && size != header->type.size) return walk_damaged(walk, "a chunk has elements of another size");
-    if (i < space->rank && __builtin_mul_overflow(*chunks, (space->extent[i] - 1) / size + 1, chunks)) return not_stored(walk);
-  }
-  return 0;
-}
-
-static int chunked_check(struct walk *walk, const struct header *header, struct cursor *cursor) {
-  enum { ONE_FILTERED = 2, ONE = 1, FIXED_ARRAY = 3 };
-  uint64_t flags = cursor_number(cursor, 1), bytes, chunks;
-  int failed = chunks_figure(walk, header, cursor, &chunks, &bytes);
-  if (failed) return failed;
-  uint64_t index = cursor_number(cursor, 1);
-  if (index == ONE && flags == (header->checksums ? ONE_FILTERED : 0) && chunks == 1) {
-    uint64_t stored = bytes;
-    if (header->checksums) {
-      stored = cursor_number(cursor, 8);
-      if (cursor_number(cursor, 4) != 0 || stored != bytes + FLETCHER_BYTES) return not_stored(walk);
-    }
-    uint64_t address = cursor_number(cursor, 8);
-    if (!cursor_done(cursor)) return layout_foreign(walk);
-    return address == UNDEFINED ? not_stored(walk) : walk_take(walk, address, stored);
-  }
-  if (index != FIXED_ARRAY || flags != 0 || cursor_number(cursor, 1) != PAGE_BITS) return layout_foreign(walk);
-  struct array array = {.header = cursor_number(cursor, 8), .chunks = chunks, .chunk_bytes = bytes};
-  array.size_bytes = (63 - __builtin_clzll(bytes)) / 8 + 2; /* one byte more than the size takes: filters may make it larger */
-  array.element_bytes = 8 + (header->checksums ? array.size_bytes + 4 : 0);
-  if (!cursor_done(cursor)) return layout_foreign(walk);
-  return array.header == UNDEFINED ? not_stored(walk) : array_check(walk, header, &array);
-}
-
-static int dataset_check(struct walk *walk, const struct header *header) {
-  enum { CONTIGUOUS = 1, CHUNKED = 2 };
-  struct cursor cursor = {header->layout, header->layout_bytes, false};
-  uint64_t version = cursor_number(&cursor, 1), kind = cursor_number(&cursor, 1), bytes;
-  if ((version != 3 && version != 4) || header->space.rank == 0) return layout_foreign(walk);
-  if (__builtin_mul_overflow(header->space.count, header->type.size, &bytes)) return not_stored(walk);
-  if (kind == CONTIGUOUS && !header->checksums) {
-    uint64_t address = cursor_number(&cursor, 8), stored = cursor_number(&cursor, 8);
-    if (!cursor_done(&cursor)) return layout_foreign(walk);
-    if (stored != bytes || (bytes > 0 && address == UNDEFINED)) return not_stored(walk);
-    return bytes > 0 ? walk_take(walk, address, stored) : 0;
-  }
-  if (version != 4 || kind != CHUNKED || bytes == 0) return layout_foreign(walk);
-  return chunked_check(walk, header, &cursor);
-}
 
 /* ---- objects ---- */
 
@@ -464,17 +312,16 @@ static int header_read(struct walk *walk, uint64_t address, struct header *heade
   return failed;
 }
 
-static int object_check(struct walk *walk, uint64_t address) {
-  enum { GROUP_ONLY = 1u << LINK_INFO | 1u << LINK, DATASET_ONLY = 1u << SPACE | 1u << TYPE | 1u << LAYOUT };
+static int object_check(struct walk *walk, uint64_t address, bool first) {
+  enum { GROUP = 1u << LINK_INFO, LINKS = 1u << LINK, DATASET = 1u << SPACE | 1u << TYPE | 1u << LAYOUT };
   struct header header = {.links_heap = UNDEFINED, .links_tree = UNDEFINED, .attributes_heap = UNDEFINED, .attributes_tree = UNDEFINED};
   int failed = header_read(walk, address, &header);
-  bool group =
-      (header.seen & (DATASET_ONLY | GROUP_ONLY)) == (1u << LINK_INFO) || (header.seen & (DATASET_ONLY | GROUP_ONLY)) == GROUP_ONLY;
-  bool dataset = (header.seen & (DATASET_ONLY | GROUP_ONLY)) == DATASET_ONLY;
+  unsigned group = header.seen & (GROUP | LINKS), dataset = header.seen & DATASET;
   free(header.pieces);
   if (failed) return failed;
-  if (!group && !dataset) return walk_foreign(walk, "is neither group nor dataset");
-  if (dataset) failed = dataset_check(walk, &header);
+  if (!(dataset == 0 && (group & GROUP)) && !(dataset == DATASET && group == 0 && !first))
+    return walk_foreign(walk, first ? "does not begin with a group" : "is neither group nor dataset");
+  if (dataset) failed = layout_check(walk, &header.dataset);
   if (!failed && header.links_heap != UNDEFINED) failed = dense_check(walk, DENSE_LINKS, header.links_heap, header.links_tree, link_found);
   if (!failed && header.attributes_heap != UNDEFINED)
     failed = dense_check(walk, DENSE_ATTRIBUTES, header.attributes_heap, header.attributes_tree, attribute_found);
@@ -517,7 +364,7 @@ static int file_check(struct walk *walk, uint64_t file_bytes) {
   for (size_t i = 0; i < walk->object_count && !failed; i++) {
     struct walk_object object = walk->objects[i]; /* the array moves as it grows */
     walk->where = object.name;
-    failed = object_check(walk, object.address);
+    failed = object_check(walk, object.address, i == 0);
   }
   return failed ? failed : walk_overlap(walk);
 }

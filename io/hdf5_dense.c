@@ -103,7 +103,7 @@ static int direct_block(struct walk *walk, struct heap *heap, uint64_t address, 
 }
 
 /* A table of blocks, and the tables below it, each smaller than the one above. */
-static int indirect_block(struct walk *walk, struct heap *heap, uint64_t address, uint64_t offset, int rows) { /* NOLINT: bounded */
+static int indirect_block(struct walk *walk, struct heap *heap, uint64_t address, uint64_t offset, int rows) {
   const struct layout *layout = heap->layout;
   size_t prefix = 4 + 1 + 8 + (size_t)layout->offset_bits / 8, length = prefix + (size_t)rows * WIDTH * 8 + 4;
   uint8_t *bytes = walk_take_read(walk, address, length, "FHIB");
@@ -181,7 +181,7 @@ static void levels_figure(struct tree *tree) {
   }
 }
 
-static int tree_node(struct walk *walk, struct tree *tree, uint64_t address, int depth, uint64_t records) { /* NOLINT: bounded by depth */
+static int tree_node(struct walk *walk, struct tree *tree, uint64_t address, int depth, uint64_t records) {
   const struct level *level = &tree->level[depth];
   if (records > level->most) return walk_damaged(walk, "a node of a tree has too many records");
   uint8_t *bytes = walk_take_read(walk, address, NODE_BYTES, depth ? "BTIN" : "BTLF");

@@ -67,6 +67,28 @@ static inline bool cursor_done(const struct cursor *cursor) {
   return !cursor->beyond && cursor->left == 0;
 }
 
+/* ---- hdf5_layout.c ---- */
+
+enum { WALK_MAX_RANK = 2, WALK_MAX_LAYOUT_BYTES = 64 };
+
+struct walk_space {
+  int rank; /* 0 for a single value */
+  uint64_t extent[WALK_MAX_RANK];
+  uint64_t count;
+};
+
+/* What an object's header says of a dataset. */
+struct walk_dataset {
+  uint64_t element_bytes;
+  struct walk_space space;
+  bool checksums;                        /* on each chunk */
+  uint8_t layout[WALK_MAX_LAYOUT_BYTES]; /* the message that says where its bytes are */
+  size_t layout_bytes;
+};
+
+/* Takes all bytes of a dataset, and those of what leads to them. */
+int layout_check(struct walk *walk, const struct walk_dataset *dataset);
+
 /* ---- hdf5_dense.c: what does not fit into an object's header ---- */
 
 enum dense_kind { DENSE_LINKS, DENSE_ATTRIBUTES };

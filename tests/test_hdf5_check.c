@@ -228,6 +228,19 @@ static void a_file_that_leads_in_circles_is_refused(void **state) {
   free(bytes);
 }
 
+static void a_file_that_begins_with_a_dataset_is_refused(void **state) {
+  (void)state;
+  static const uint8_t link[] = {1, 0, 3, 'o', 'n', 'e'};
+  struct path path = make_file();
+  size_t length;
+  uint8_t *bytes = scratch_read(path.text, &length), *at = memmem(bytes, length, link, sizeof link);
+  assert_non_null(at);
+  put(bytes + 36, get(at + sizeof link), 8);
+  repair(bytes, 44, 0);
+  refuse(&path, bytes, length, "does not begin with a group");
+  free(bytes);
+}
+
 static void no_cut_or_missing_file_is_accepted(void **state) {
   (void)state;
   struct error error = {0};
@@ -250,6 +263,7 @@ int main(void) {
       cmocka_unit_test_setup_teardown(a_good_file_is_accepted, setup, teardown),
       cmocka_unit_test_setup_teardown(every_lie_with_a_right_checksum_is_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(a_file_that_leads_in_circles_is_refused, setup, teardown),
+      cmocka_unit_test_setup_teardown(a_file_that_begins_with_a_dataset_is_refused, setup, teardown),
       cmocka_unit_test_setup_teardown(no_cut_or_missing_file_is_accepted, setup, teardown),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
