@@ -7,12 +7,21 @@
 #include <string.h>
 
 #include "checkpoint.h"
+#include "file.h"
 #include "fuzz.h"
 
 enum { INDEX = 1, MODEL = 2, MODES = 3 };
 
 static const char FILE_NAME[] = "model.safetensors", INDEX_NAME[] = "model.safetensors.index.json",
                   CONFIG_NAME[] = "config.json", *const SHARD_NAMES[] = {"a.safetensors", "b.safetensors"};
+
+static void read_all(const struct tensor *tensor) {
+  struct error error = {0};
+  void *values = malloc(tensor->bytes + 1);
+  fuzz_expect(values != NULL, "memory for a tensor");
+  fuzz_expect(safetensors_read(tensor, 0, tensor->bytes, values, &error) == 0, "a tensor can be read");
+  free(values);
+}
 
 /* What the headers promise. `bytes`: of all files together. */
 static void check_tensors(const struct safetensors *checkpoint, size_t bytes) {
@@ -29,8 +38,11 @@ static void check_tensors(const struct safetensors *checkpoint, size_t bytes) {
     for (int d = 0; d < tensor->dimensions; d++)
       fuzz_expect(tensor->shape[d] >= 0 && !__builtin_mul_overflow(elements, (size_t)tensor->shape[d], &elements), "a shape has a size");
     if (tensor->dtype != DTYPE_OTHER) fuzz_expect(tensor->bytes / dtype_size(tensor->dtype) == elements, "shape and bytes agree");
-    fuzz_expect(tensor->bytes <= bytes - sum, "tensors lie in their files and do not overlap");
+    fuzz_expect(tensor->offset <= tensor->file->bytes && tensor->bytes <= tensor->file->bytes - tensor->offset,
+                "a tensor lies in its file");
+    fuzz_expect(tensor->bytes <= bytes - sum, "tensors do not overlap");
     sum += tensor->bytes;
+    read_all(tensor);
   }
 }
 
@@ -56,7 +68,8 @@ static void read_model(const struct checkpoint *checkpoint, const struct model *
   void *image = malloc(model->image_bytes);
   float *out = malloc((size_t)model->hidden * 2 * sizeof *out);
   fuzz_expect(image && out, "memory for one block");
-  int code = 0;
+  char hex[65];
+  int code = checkpoint_sha256(checkpoint, hex, &error);
   for (int block = 0; block < model->blocks && !code; block++) code = checkpoint_read_block(checkpoint, model, block, image, &error);
   if (!code && (model->positions == 0 || model->positions >= 2)) code = checkpoint_embed(checkpoint, ids, 2, out, &error);
   if (!code && model->final_norm) code = checkpoint_read_final_norm(checkpoint, out, &error);

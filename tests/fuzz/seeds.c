@@ -321,7 +321,7 @@ static void make_store(const char *name, struct block_record record, size_t spac
   struct store_info info = {.model_type = "llama", .recipe = recipe, .model_config = text, .blocks = 1};
   snprintf(path, sizeof path, "%s/%s", fuzz_folder(), name);
   int code = store_create(path, &info, &store, &error);
-  if (!code) code = block_image_make(&image, &record, name, &error);
+  if (!code) code = block_image_make(&image, &record, &info, name, &error);
   if (!code) code = store_write_block(store, &image, &error);
   fuzz_expect(!code, error.message);
   block_image_free(&image);

@@ -62,6 +62,24 @@ static void use_record(const struct block_record *record) {
   for (int i = 0; i < record->calibration_arrays; i++) use_array(&record->calibration[i]);
 }
 
+/* The store again, as its block files alone tell of it. */
+static void recover(const struct store_info *info) {
+  struct error error = {0};
+  struct store *store;
+  char difference[200];
+  int code = store_recover(fuzz_folder(), &store, &error);
+  if (code) {
+    fuzz_expect(store == NULL, "what is refused is not opened");
+    fuzz_expect_refusal(code, &error);
+    return;
+  }
+  if (info && !store_info_same(info, store_info(store), difference)) {
+    error_set(&error, ERROR_INPUT, "%s", difference);
+    fuzz_expect_refusal(ERROR_INPUT, &error);
+  }
+  store_close(store, &error);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
   struct fuzz_part rest = {bytes, size};
   struct error error = {0};
@@ -75,9 +93,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
   fuzz_begin(size);
   int code = store_open(fuzz_folder(), &store, &error);
   if (code) {
-    fuzz_end();
     fuzz_expect(store == NULL, "what is refused is not opened");
     fuzz_expect_refusal(code, &error);
+    recover(NULL);
+    fuzz_end();
     return 0;
   }
   fuzz_expect(store_info(store)->blocks >= 1 && store_info(store)->recipe && store_info(store)->model_config, "a store says what it is");
@@ -90,6 +109,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
     use_texts(store_info(store), &record);
   }
   block_record_free(&record);
+  recover(store_info(store));
   fuzz_end();
   store_close(store, &error);
   return 0;
