@@ -1,13 +1,9 @@
 /* hdf5_check.c: superblock, object headers and what they may hold. Messages that may stand in a header are a row of the table `messages`. */
 #include "hdf5_check.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "hdf5_walk.h"
 #include "printable.h"
@@ -331,12 +327,13 @@ static int object_check(struct walk *walk, uint64_t address, bool first) {
 /* ---- the file ---- */
 
 /* Reads the superblock; *root receives the address of the first group. */
-static int superblock_check(struct walk *walk, uint64_t file_bytes, uint64_t *root) {
+static int superblock_check(struct walk *walk, uint64_t *root) {
   enum { BYTES = 48, SIGNATURE_BYTES = 8 };
   static const uint8_t signature[SIGNATURE_BYTES] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
   uint8_t bytes[BYTES] = {0};
+  size_t file_bytes = walk->file.bytes;
   struct cursor cursor = {bytes + SIGNATURE_BYTES, BYTES - SIGNATURE_BYTES, false};
-  if (walk_read(walk, 0, file_bytes < BYTES ? (size_t)file_bytes : BYTES, bytes)) return walk->site->error->code;
+  if (walk_read(walk, 0, file_bytes < BYTES ? file_bytes : BYTES, bytes)) return walk->site->error->code;
   if (memcmp(bytes, signature, SIGNATURE_BYTES) != 0) return walk_damaged(walk, "it does not begin as one");
   if (file_bytes < BYTES) return walk_damaged(walk, "it is cut short");
   uint64_t version = cursor_number(&cursor, 1);
@@ -357,9 +354,9 @@ static int superblock_check(struct walk *walk, uint64_t file_bytes, uint64_t *ro
   return walk_take(walk, 0, BYTES);
 }
 
-static int file_check(struct walk *walk, uint64_t file_bytes) {
+static int file_check(struct walk *walk) {
   uint64_t root = 0;
-  int failed = superblock_check(walk, file_bytes, &root);
+  int failed = superblock_check(walk, &root);
   if (!failed) failed = walk_object(walk, root, (const uint8_t *)"", 0);
   for (size_t i = 0; i < walk->object_count && !failed; i++) {
     struct walk_object object = walk->objects[i]; /* the array moves as it grows */
@@ -371,18 +368,10 @@ static int file_check(struct walk *walk, uint64_t file_bytes) {
 
 int hdf5_check(const struct hdf5_site *site, int64_t *bytes) {
   struct walk walk = {.site = site, .where = ""};
-  struct stat status;
-  int failed = 0;
-  walk.fd = open(site->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* not to hang on a pipe */
-  if (walk.fd < 0 || fstat(walk.fd, &status) != 0) {
-    failed = error_set(site->error, ERROR_INPUT, "%s: %s", site->path, strerror(errno));
-  } else if (!S_ISREG(status.st_mode)) {
-    failed = error_set(site->error, ERROR_INPUT, "%s: is not a regular file", site->path);
-  } else {
-    *bytes = (int64_t)status.st_size;
-    failed = file_check(&walk, (uint64_t)status.st_size);
-  }
-  if (walk.fd >= 0) close(walk.fd);
+  int failed = input_open(&walk.file, site->path, NULL, site->error);
+  if (!failed) failed = file_check(&walk);
+  *bytes = (int64_t)walk.file.bytes;
+  input_close(&walk.file);
   free(walk.ranges);
   free(walk.objects);
   return failed;

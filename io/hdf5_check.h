@@ -11,7 +11,8 @@
 
 #include "hdf5_util.h"
 
-/* Errors: ERROR_INPUT for a file that is not there, is no regular file, or not of that kind; ERROR_WORK when it cannot be read. */
+/* Errors: ERROR_INPUT for a file that is not there, is no regular file, or not of that kind; ERROR_WORK when it cannot be read
+ * (file.h). */
 int hdf5_check(const struct hdf5_site *site, int64_t *bytes /* receives the file's size */);
 
 /* The checksum of HDF5's metadata: Bob Jenkins' lookup3. */

@@ -1,11 +1,9 @@
 /* hdf5_walk.c: the bytes of an HDF5 file and who takes them. */
 #include "hdf5_walk.h"
 
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "hdf5_check.h"
 #include "printable.h"
@@ -32,14 +30,21 @@ static int out_of_memory(const struct walk *walk) {
 
 /* ---- bytes ---- */
 
-int walk_read(const struct walk *walk, uint64_t address, size_t length, void *to) {
-  for (size_t done = 0; done < length;) {
-    ssize_t got = pread(walk->fd, (char *)to + done, length - done, (off_t)(address + done));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return error_set(walk->site->error, ERROR_WORK, "%s: cannot be read: %s", walk->site->path, strerror(errno));
-    if (got == 0) return walk_damaged(walk, "it is cut short");
-    done += (size_t)got;
+/* Small parts lie beside each other: one read serves many of them, which matters where each is a message over a network. */
+int walk_read(struct walk *walk, uint64_t address, size_t length, void *to) {
+  enum { PAGE = 4096 };
+  if (length == 0) return 0;
+  if (length > sizeof walk->window - PAGE) return input_read(&walk->file, address, length, to, walk->site->error);
+  if (address < walk->window_begin || address - walk->window_begin > walk->window_bytes ||
+      length > walk->window_bytes - (address - walk->window_begin)) {
+    uint64_t begin = address - address % PAGE, there = walk->file.bytes - begin;
+    size_t bytes = there < sizeof walk->window ? (size_t)there : sizeof walk->window;
+    walk->window_bytes = 0;
+    if (input_read(&walk->file, begin, bytes, walk->window, walk->site->error)) return walk->site->error->code;
+    walk->window_begin = begin;
+    walk->window_bytes = bytes;
   }
+  memcpy(to, walk->window + (address - walk->window_begin), length);
   return 0;
 }
 

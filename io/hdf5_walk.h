@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "file.h"
 #include "hdf5_util.h"
 
 static const uint64_t UNDEFINED = UINT64_MAX; /* an address of nothing */
@@ -23,10 +24,13 @@ struct walk_object {
 
 struct walk {
   const struct hdf5_site *site;
-  int fd;
-  uint64_t end;        /* of the file, as it says itself: no structure lies beyond */
-  uint64_t free_bytes; /* that no structure has taken: as they cannot overlap, a file that leads in circles runs out of them */
-  const char *where;   /* path of the object that is being looked at */
+  struct input_file file;
+  uint64_t end;            /* of the file, as it says itself: no structure lies beyond */
+  uint64_t free_bytes;     /* that no structure has taken: as they cannot overlap, a file that leads in circles runs out of them */
+  uint8_t window[1 << 15]; /* bytes of the file from window_begin on */
+  uint64_t window_begin;
+  size_t window_bytes;
+  const char *where; /* path of the object that is being looked at */
   struct walk_range *ranges;
   size_t range_count, range_capacity;
   struct walk_object *objects; /* found, in the order of being found */
@@ -37,9 +41,9 @@ struct walk {
 int walk_damaged(const struct walk *walk, const char *what);
 int walk_foreign(const struct walk *walk, const char *what);
 
-/* Reads bytes, taking them or not. Taken are the bytes of a structure (the signature, of four letters, is checked where one is given), whose
+/* Reads bytes, which lie inside the file, taking them or not. Taken are the bytes of a structure (the signature, of four letters, is checked where one is given), whose
  * buffer is freed by the caller; NULL with the error set. */
-int walk_read(const struct walk *walk, uint64_t address, size_t length, void *to);
+int walk_read(struct walk *walk, uint64_t address, size_t length, void *to);
 int walk_take(struct walk *walk, uint64_t address, uint64_t length);
 uint8_t *walk_take_read(struct walk *walk, uint64_t address, uint64_t length, const char *signature);
 

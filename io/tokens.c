@@ -43,6 +43,7 @@ static int dataset_check(const struct hdf5_site *site, hid_t dataset, int64_t *c
 /* Adds the mend to what was wrong with a file of any kind. */
 static int mend_add(struct error *error) {
   size_t length = strlen(error->message);
+  if (error->code != ERROR_INPUT) return error->code;
   snprintf(error->message + length, sizeof error->message - length, "; make it anew with tools/tokenize.py");
   return error->code;
 }
