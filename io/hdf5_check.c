@@ -1,4 +1,4 @@
-/* hdf5_check.c: superblock, object headers and what they may hold. Messages that may stand in a header are a row of the table `messages`. */
+/* hdf5_check.c: superblock, object headers and what they may hold: each message that may stand in a header is a row of `messages`. */
 #include "hdf5_check.h"
 
 #include <stdio.h>

@@ -41,8 +41,8 @@ struct walk {
 int walk_damaged(const struct walk *walk, const char *what);
 int walk_foreign(const struct walk *walk, const char *what);
 
-/* Reads bytes, which lie inside the file, taking them or not. Taken are the bytes of a structure (the signature, of four letters, is checked where one is given), whose
- * buffer is freed by the caller; NULL with the error set. */
+/* Reads bytes, which lie inside the file, taking them or not. Taken are the bytes of a structure, whose buffer is freed by the caller; NULL
+ * with the error set. A signature of four letters is checked where one is given. */
 int walk_read(struct walk *walk, uint64_t address, size_t length, void *to);
 int walk_take(struct walk *walk, uint64_t address, uint64_t length);
 uint8_t *walk_take_read(struct walk *walk, uint64_t address, uint64_t length, const char *signature);
@@ -97,7 +97,8 @@ int layout_check(struct walk *walk, const struct walk_dataset *dataset);
 
 enum dense_kind { DENSE_LINKS, DENSE_ATTRIBUTES };
 
-/* Looks through a heap and the tree of names that leads into it, and gives each message in it to `found`, with the hash that its name shall have. */
+/* Looks through a heap and the tree of names that leads into it, and gives each message in it to `found`, with the hash that its name
+ * shall have. */
 int dense_check(struct walk *walk, enum dense_kind kind, uint64_t heap, uint64_t tree,
                 int (*found)(struct walk *walk, struct cursor message, uint32_t hash));
 

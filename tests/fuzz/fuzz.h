@@ -17,7 +17,8 @@ void fuzz_expect(bool condition, const char *words);
 /* A stranger's input that is refused is bad input, and says why in one line without control characters. */
 void fuzz_expect_refusal(int code, const struct error *error);
 
-/* From here to fuzz_end no single allocation may be larger than 16 MiB + 16 x `bytes`, the size of the files (watched with AddressSanitizer). */
+/* From here to fuzz_end no single allocation may be larger than 16 MiB + 16 x `bytes`, the size of the files: watched where
+ * AddressSanitizer is. */
 void fuzz_begin(size_t bytes);
 void fuzz_end(void);
 

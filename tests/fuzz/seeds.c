@@ -1,5 +1,5 @@
-/* seeds.c FOLDER: writes FOLDER/NAME/ with valid inputs of each harness to start from: tiny models of every family, recipes, token files and
- * stores of every layout that is written. Made anew each time, so that they follow the formats. */
+/* seeds.c FOLDER: writes FOLDER/NAME/ with valid inputs of each harness to start from: tiny models of every family, recipes, token files
+ * and stores of every layout that is written. Made anew each time, so that they follow the formats. */
 #include <hdf5.h>
 #include <stdarg.h>
 #include <stdio.h>
