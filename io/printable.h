@@ -19,7 +19,8 @@ static inline size_t printable_bytes(const char *text) {
   return length;
 }
 
-/* The text with what is no printable character replaced by '?', cut after 160 bytes. Use as printable(name).text in the call that prints it. */
+/* The text with what is no printable character replaced by '?', cut after 160 bytes. Use as printable(name).text in the call that prints
+ * it. */
 static inline struct printable printable(const char *text) {
   struct printable result;
   size_t length = 0;

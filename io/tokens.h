@@ -1,5 +1,5 @@
-/* tokens.h: a token file: HDF5 with one dataset `tokens` (uint32), as tools/tokenize.py writes it. Other integers are read too, but no other
- * storage than whole chunks or one piece, uncompressed, in the layout of HDF5 1.10 (hdf5_check.h). */
+/* tokens.h: a token file: HDF5 with one dataset `tokens` (uint32), as tools/tokenize.py writes it. Other integers are read too, but no
+ * other storage than whole chunks or one piece, uncompressed, in the layout of HDF5 1.10 (hdf5_check.h). */
 #ifndef OMNIQUANT_TOKENS_H
 #define OMNIQUANT_TOKENS_H
 

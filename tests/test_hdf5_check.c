@@ -99,8 +99,8 @@ static uint32_t get(const uint8_t *at) {
   return at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
-/* Puts the checksum right that stands `sum` bytes behind `at`: of all before it, or where `whole` is not 0, of that many bytes with zeros in
- * its place. */
+/* Puts the checksum right that stands `sum` bytes behind `at`: of all before it, or where `whole` is not 0, of that many bytes with zeros
+ * in its place. */
 static void repair(uint8_t *at, size_t sum, size_t whole) {
   if (whole) put(at + sum, 0, 4);
   put(at + sum, hdf5_checksum(at, whole ? whole : sum), 4);

@@ -38,8 +38,8 @@ static hid_t bounds(void) {
   return access;
 }
 
-/* A file with one dataset, in chunks with checksums where `chunk` is not 0; filled with token() unless `values` are given or `empty` asks for
- * none. */
+/* A file with one dataset, in chunks with checksums where `chunk` is not 0; filled with token() unless `values` are given or `empty` asks
+ * for none. */
 static struct path make_file(const char *dataset, hid_t type, int dimensions, hsize_t count, hsize_t chunk, const int64_t *values,
                              int empty) {
   struct path path = scratch_path(&folder, "tokens.h5");
