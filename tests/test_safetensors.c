@@ -164,6 +164,7 @@ static void every_lie_of_a_header_is_refused(void **state) {
       {"{}{}", 0, "JSON header"},
       {"{\"a\":1}", 0, "'a': has no dtype"},
       {"{\"a\\nb\\u001b[31m\":{}}", 0, "'a?b?[31m': has no dtype"},
+      {"{\"caf\\u00e9\\u009b31m\":{}}", 0, "'caf\xc3\xa9??31m': has no dtype"}, /* U+009B begins commands of terminals too */
       {"{\"__metadata__\":3}", 0, "__metadata__"},
       {"{\"__metadata__\":{\"a\":1}}", 0, "__metadata__"},
       {"{\"a\":{\"dtype\":7,\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "'a': has no dtype"},
