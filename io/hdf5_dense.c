@@ -42,6 +42,10 @@ struct heap {
   struct block *blocks; /* by offset */
   size_t block_count, block_capacity;
   uint64_t free_bytes; /* of the blocks, that no object has taken */
+  struct count {
+    uint64_t space, allocated;          /* bytes that its table stands for, and of its blocks */
+    uint64_t managed, huge, huge_bytes; /* objects in blocks; by themselves, and their bytes */
+  } says, has;                          /* by the heap's header, and as it was found */
   struct huge *huge;
   size_t huge_count, huge_capacity;
   int (*found)(struct walk *walk, struct cursor message, uint32_t hash);
@@ -92,6 +96,7 @@ static int direct_block(struct walk *walk, struct heap *heap, uint64_t address, 
   heap->blocks = grown;
   heap->blocks[heap->block_count++] = (struct block){offset, size, bytes};
   heap->free_bytes += size;
+  heap->has.allocated += size;
   struct cursor cursor = {bytes, (size_t)size, false};
   if (!block_begins(&cursor, heap, offset)) return walk_damaged(walk, "a block of a heap is not where it belongs");
   uint8_t *checksum = bytes + (cursor.at - bytes); /* of the block with zeros in the checksum's place */
@@ -133,7 +138,15 @@ static int heap_header(struct walk *walk, struct heap *heap) {
   same = cursor_number(&cursor, 4) == MAX_MANAGED && same;
   cursor_bytes(&cursor, 8); /* the next huge object's key */
   heap->huge_tree = cursor_number(&cursor, 8);
-  cursor_bytes(&cursor, 80); /* what is needed for writing, and statistics */
+  cursor_bytes(&cursor, 16); /* of free space: for writing */
+  heap->says.space = cursor_number(&cursor, 8);
+  heap->says.allocated = cursor_number(&cursor, 8);
+  cursor_bytes(&cursor, 8); /* where the next block is made */
+  heap->says.managed = cursor_number(&cursor, 8);
+  heap->says.huge_bytes = cursor_number(&cursor, 8);
+  heap->says.huge = cursor_number(&cursor, 8);
+  same = cursor_number(&cursor, 8) == 0 && same; /* no objects inside of identifiers */
+  same = cursor_number(&cursor, 8) == 0 && same;
   same = cursor_number(&cursor, 2) == WIDTH && same;
   same = cursor_number(&cursor, 8) == layout->start && same;
   same = cursor_number(&cursor, 8) == MAX_DIRECT && same;
@@ -145,6 +158,7 @@ static int heap_header(struct walk *walk, struct heap *heap) {
   if (failed) return failed;
   if (!same || rows > (uint64_t)rows_of(layout, layout->offset_bits)) return walk_foreign(walk, "has a heap of another kind");
   if (root == UNDEFINED) return 0;
+  heap->has.space = rows == 0 ? layout->start : (layout->start * WIDTH) << (rows - 1);
   return rows == 0 ? direct_block(walk, heap, root, 0, layout->start) : indirect_block(walk, heap, root, 0, (int)rows);
 }
 
@@ -247,9 +261,11 @@ static int huge_record(struct walk *walk, struct heap *heap, struct cursor recor
   return 0;
 }
 
-static int huge_object(struct walk *walk, const struct heap *heap, uint64_t key, uint32_t hash) {
+static int huge_object(struct walk *walk, struct heap *heap, uint64_t key, uint32_t hash) {
   for (size_t i = 0; i < heap->huge_count; i++) {
     if (heap->huge[i].key != key) continue;
+    heap->has.huge++;
+    heap->has.huge_bytes += heap->huge[i].length;
     uint8_t *bytes = walk_take_read(walk, heap->huge[i].address, heap->huge[i].length, NULL);
     if (!bytes) return walk->site->error->code;
     int failed = heap->found(walk, (struct cursor){bytes, (size_t)heap->huge[i].length, false}, hash);
@@ -275,6 +291,7 @@ static int managed_object(struct walk *walk, struct heap *heap, uint64_t offset,
     return walk_damaged(walk, "an object of a heap lies outside its blocks");
   if (length > heap->free_bytes) return walk_damaged(walk, "objects of a heap overlap");
   heap->free_bytes -= length;
+  heap->has.managed++;
   return heap->found(walk, (struct cursor){block->bytes + begin, (size_t)length, false}, hash);
 }
 
@@ -302,6 +319,13 @@ static int attribute_record(struct walk *walk, struct heap *heap, struct cursor 
   return object_find(walk, heap, id, (uint32_t)cursor_number(&record, 4));
 }
 
+/* The library deletes the tree of huge objects when there are none left, even from a file that it only reads. */
+static bool counts_same(const struct heap *heap) {
+  const struct count *says = &heap->says, *has = &heap->has;
+  return says->space == has->space && says->allocated == has->allocated && says->managed == has->managed && says->huge == has->huge &&
+         says->huge_bytes == has->huge_bytes && (heap->huge_tree == UNDEFINED) == (has->huge == 0);
+}
+
 int dense_check(struct walk *walk, enum dense_kind kind, uint64_t heap_address, uint64_t tree,
                 int (*found)(struct walk *walk, struct cursor message, uint32_t hash)) {
   const struct layout *layout = &layouts[kind];
@@ -310,6 +334,7 @@ int dense_check(struct walk *walk, enum dense_kind kind, uint64_t heap_address, 
   if (!failed && heap.huge_tree != UNDEFINED) failed = tree_check(walk, &heap, heap.huge_tree, HUGE_TREE, HUGE_RECORD_BYTES, huge_record);
   if (!failed)
     failed = tree_check(walk, &heap, tree, layout->tree_type, layout->record_bytes, kind == DENSE_LINKS ? link_record : attribute_record);
+  if (!failed && !counts_same(&heap)) failed = walk_damaged(walk, "a heap does not have what it counts");
   for (size_t i = 0; i < heap.block_count; i++) free(heap.blocks[i].bytes);
   free(heap.blocks);
   free(heap.huge);

@@ -117,14 +117,15 @@ struct lie {
   const char *expected;
 };
 
-#define SUPERBLOCK "\x89HDF", 4, 0
-#define LINK_HEAP  "FRHP\0\7", 6, 0
-#define LINK_BLOCK "FHDB", 4, 1 /* the first is that of the attributes */
-#define LINK_TREE  "BTHD\0\5", 6, 0
-#define LINK_LEAF  "BTLF\0\5", 6, 0
-#define FEW_INDEX  "FAHD\0\1", 6, 0 /* 1: with checksums */
-#define FEW_BLOCK  "FADB\0\1", 6, 0
-#define MANY_BLOCK "FADB\0\0", 6, 0
+#define SUPERBLOCK     "\x89HDF", 4, 0
+#define LINK_HEAP      "FRHP\0\7", 6, 0
+#define ATTRIBUTE_HEAP "FRHP\0\10", 6, 0
+#define LINK_BLOCK     "FHDB", 4, 1 /* the first is that of the attributes */
+#define LINK_TREE      "BTHD\0\5", 6, 0
+#define LINK_LEAF      "BTLF\0\5", 6, 0
+#define FEW_INDEX      "FAHD\0\1", 6, 0 /* 1: with checksums */
+#define FEW_BLOCK      "FADB\0\1", 6, 0
+#define MANY_BLOCK     "FADB\0\0", 6, 0
 enum { LEAF_SUM = 6 + LINKS * 11, FEW_SUM = 14 + FEW * 14, MANY_SUM = 14 + 1 };
 
 static const struct lie lies[] = {
@@ -138,6 +139,11 @@ static const struct lie lies[] = {
     {LINK_HEAP, 5, 2, 8, 142, 0, "heap of another kind"},
     {LINK_HEAP, 7, 2, 1, 142, 0, "heap of another kind"},
     {LINK_HEAP, 10, 4, 1 << 20, 142, 0, "heap of another kind"},
+    {LINK_HEAP, 46, 8, 0, 142, 0, "what it counts"},
+    {LINK_HEAP, 54, 8, 1024, 142, 0, "what it counts"},
+    {LINK_HEAP, 70, 8, LINKS - 1, 142, 0, "what it counts"},
+    {LINK_HEAP, 86, 8, 1, 142, 0, "what it counts"},
+    {LINK_HEAP, 102, 8, 1, 142, 0, "heap of another kind"},
     {LINK_HEAP, 110, 2, 0, 142, 0, "heap of another kind"},
     {LINK_HEAP, 112, 8, 1024, 142, 0, "heap of another kind"},
     {LINK_HEAP, 120, 8, 1 << 17, 142, 0, "heap of another kind"},
@@ -146,6 +152,8 @@ static const struct lie lies[] = {
     {LINK_HEAP, 22, 8, 48, 142, 0, "a part is not what it should be"}, /* a tree of huge objects */
     {LINK_BLOCK, 5, 8, 0, 17, 512, "not where it belongs"},
     {LINK_BLOCK, 13, 4, 512, 17, 512, "not where it belongs"},
+    {ATTRIBUTE_HEAP, 86, 8, 0, 142, 0, "what it counts"}, /* and yet there is one, over which the library loses memory */
+    {ATTRIBUTE_HEAP, 78, 8, 1, 142, 0, "what it counts"},
     {LINK_TREE, 6, 4, 1 << 30, 34, 0, "tree of another kind"},
     {LINK_TREE, 10, 2, 12, 34, 0, "tree of another kind"},
     {LINK_TREE, 12, 2, 9, 34, 0, "tree of another kind"},
