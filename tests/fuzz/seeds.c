@@ -360,6 +360,6 @@ int main(int argc, char **argv) {
   make_store("links", make_record(5, 6, 2, 2), 0);       /* links in a heap, by a tree of one leaf */
   make_store("many-links", make_record(0, 50, 0, 4), 0); /* by a tree of two levels */
   make_store("whole", make_whole(), 0);
-  make_store("long-text", make_record(1, 0, 0, 4), 66000); /* attributes in a heap, one of them huge */
+  make_store("long-text", make_record(1, 0, 0, 4), 5000); /* attributes in a heap, one of them huge */
   return 0;
 }
