@@ -93,7 +93,6 @@ static void *image_grow(void *bytes, size_t length, H5FD_file_image_op_t operati
 static herr_t image_keep(void *bytes, H5FD_file_image_op_t operation, void *data) {
   struct hdf5_image *image = data;
   if (operation == H5FD_FILE_IMAGE_OP_FILE_CLOSE) {
-    free(image->bytes); /* of a file that is there under that name: it is opened, and read, before another is made */
     image->bytes = bytes;
   } else {
     free(bytes);
