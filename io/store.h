@@ -57,6 +57,14 @@ static inline int64_t packed_row_bytes(int64_t in_features, int bits) {
   return (in_features * bits + 7) / 8;
 }
 
+/* Code i of a packed row. */
+static inline int packed_code(const uint8_t *row, int64_t i, int bits) {
+  int64_t position = i * bits;
+  uint32_t window = row[position / 8];
+  if (position % 8 + bits > 8) window |= (uint32_t)row[position / 8 + 1] << 8;
+  return (int)(window >> position % 8 & ((1u << bits) - 1));
+}
+
 struct store; /* an open store */
 
 /* Makes OUT, OUT/blocks and OUT/omniquant.h5 for a run, or goes on with the run that OUT holds if it is the same (store_info_same); its

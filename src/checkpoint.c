@@ -93,16 +93,16 @@ static const struct tensor *find_block_tensor(const struct checkpoint *checkpoin
 
 enum outside { OUTSIDE_EMBEDDING, OUTSIDE_POSITIONS, OUTSIDE_IN, OUTSIDE_NORM, OUTSIDE_NORM_BIAS, OUTSIDE_OUT, OUTSIDE_HEAD, OUTSIDES };
 
-/* NULL, without an error, for what the model has not. */
-static const struct tensor *find_outside(const struct checkpoint *checkpoint, enum outside which, struct error *error) {
-  const struct model *model = &checkpoint->model;
+struct outside_shape {
+  const char *name;
+  int64_t rows, columns;
+  bool has;
+};
+
+static struct outside_shape outside_shape(const struct model *model, enum outside which) {
   const struct model_names *names = model_names(model);
   int64_t H = model->hidden, E = model->embedding, V = model->vocabulary;
-  const struct {
-    const char *name;
-    int64_t rows, columns;
-    bool has;
-  } shapes[OUTSIDES] = {
+  const struct outside_shape shapes[OUTSIDES] = {
       [OUTSIDE_EMBEDDING] = {names->embedding, V, E, true},
       [OUTSIDE_POSITIONS] = {names->positions, FIRST_POSITION + (int64_t)model->positions, H, model->positions > 0},
       [OUTSIDE_IN] = {names->project_in, H, E, E != H},
@@ -111,9 +111,14 @@ static const struct tensor *find_outside(const struct checkpoint *checkpoint, en
       [OUTSIDE_OUT] = {names->project_out, E, H, E != H},
       [OUTSIDE_HEAD] = {model->tied_embeddings ? names->embedding : names->head, V, E, true},
   };
-  if (!shapes[which].has) return NULL;
+  return shapes[which];
+}
+
+/* NULL, without an error, for what the model has not. */
+static const struct tensor *find_outside(const struct checkpoint *checkpoint, enum outside which, struct error *error) {
+  struct outside_shape shape = outside_shape(&checkpoint->model, which);
   bool vector = which == OUTSIDE_NORM || which == OUTSIDE_NORM_BIAS;
-  return find_tensor(checkpoint, shapes[which].name, vector ? 1 : 2, shapes[which].rows, shapes[which].columns, error);
+  return shape.has ? find_tensor(checkpoint, shape.name, vector ? 1 : 2, shape.rows, shape.columns, error) : NULL;
 }
 
 /* Checks all tensors and takes each one's type, F32 where blocks differ. */
@@ -151,6 +156,22 @@ fail:
   checkpoint_close(c);
   *checkpoint = NULL;
   return error->code;
+}
+
+const struct tensor *checkpoint_block_tensor(const struct checkpoint *checkpoint, int block, int index) {
+  struct error never = {0}; /* they are there, says checkpoint_open */
+  return find_block_tensor(checkpoint, block, index, &never);
+}
+
+const struct tensor *checkpoint_outside_tensor(const struct checkpoint *checkpoint, int number, const char **name) {
+  struct error never = {0};
+  for (enum outside which = 0; which < OUTSIDES; which++) {
+    struct outside_shape shape = outside_shape(&checkpoint->model, which);
+    if (!shape.has || (which == OUTSIDE_HEAD && checkpoint->model.tied_embeddings) || number-- > 0) continue;
+    *name = shape.name;
+    return find_outside(checkpoint, which, &never);
+  }
+  return NULL;
 }
 
 const char *checkpoint_config(const struct checkpoint *checkpoint) {

@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "model.h"
+#include "safetensors.h"
 
 struct checkpoint;
 
@@ -21,6 +22,13 @@ const char *checkpoint_config(const struct checkpoint *checkpoint);
 /* SHA-256 over every tensor's name, type and shape and some pieces of its values, in hexadecimal: tells one model's weights from another's
  * without reading them all. Errors: ERROR_WORK. */
 int checkpoint_sha256(const struct checkpoint *checkpoint, char hex[65], struct error *error);
+
+/* The file's tensor that tensor `index` of a block is, or is a part of. Owned by the checkpoint, as are those below. */
+const struct tensor *checkpoint_block_tensor(const struct checkpoint *checkpoint, int block, int index);
+
+/* The tensors outside the blocks that the model has, number 0, 1, ... in the model's order; NULL behind the last. */
+const struct tensor *checkpoint_outside_tensor(const struct checkpoint *checkpoint, int number,
+                                               const char **name); /* receives its full name: a file may lack the beginning */
 
 /* Makes the image of a block: its tensors at model->tensor[i].image_offset in the types that `model` says (that of checkpoint_open, or
  * wider). Errors: ERROR_INPUT for a value that is not finite. Other threads may read other things meanwhile. */

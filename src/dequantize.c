@@ -6,16 +6,12 @@
 
 #include "printable.h"
 
-static void dequantize_row(const struct quantized_linear *linear, int64_t row, float *out /* [in_features] */) {
-  int bits = linear->bits;
+void dequantize_row(const struct quantized_linear *linear, int64_t row, float *out) {
   int64_t per_row = (linear->in_features + linear->group_size - 1) / linear->group_size;
-  const uint8_t *codes = linear->codes + row * packed_row_bytes(linear->in_features, bits);
+  const uint8_t *codes = linear->codes + row * packed_row_bytes(linear->in_features, linear->bits);
   for (int64_t i = 0; i < linear->in_features; i++) {
-    int64_t position = i * bits, group = row * per_row + i / linear->group_size;
-    uint32_t window = codes[position / 8];
-    if (position % 8 + bits > 8) window |= (uint32_t)codes[position / 8 + 1] << 8;
-    int code = (int)(window >> position % 8 & ((1u << bits) - 1));
-    out[i] = (float)(code - linear->zero_point[group]) * half_to_float(linear->scale[group]);
+    int64_t group = row * per_row + i / linear->group_size;
+    out[i] = (float)(packed_code(codes, i, linear->bits) - linear->zero_point[group]) * half_to_float(linear->scale[group]);
   }
 }
 

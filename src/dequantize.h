@@ -9,6 +9,9 @@
 /* out = (code - zero_point) * scale, exact in fp32. */
 void dequantize_linear(const struct quantized_linear *linear, float *out /* [out_features, in_features] */);
 
+/* One row of it. */
+void dequantize_row(const struct quantized_linear *linear, int64_t row, float *out /* [in_features] */);
+
 /* Whether a stored block has all that the model's blocks have, in its shapes. `where` starts messages. Errors: ERROR_INPUT for a layer that is
  * missing, for what the model has not or has in another shape, for NaN. */
 int dequantize_check(const struct block_record *record, const struct model *model, const char *where, struct error *error);

@@ -515,6 +515,10 @@ static float rope_frequency(const struct rope_settings *rope, int pair, int head
   return (float)((1 - smooth) * frequency / rope->factor + smooth * frequency);
 }
 
+float model_rope_frequency(const struct model *model, int pair) {
+  return rope_frequency(&model->rope, pair, model->head_size);
+}
+
 void model_rope_table(const struct model *model, int tokens, float *cosine, float *sine) {
   int half = model->head_size / 2;
   for (int i = 0; i < half; i++) {

@@ -140,6 +140,9 @@ static inline int model_mlps(const struct model *model) {
 /* Whether a tensor is the weight of a quantized layer. */
 bool model_quantizes(const struct model *model, int tensor);
 
+/* Frequency of the rotary embedding's pair 0 .. head_size / 2 - 1. */
+float model_rope_frequency(const struct model *model, int pair);
+
 /* Angles of the rotary embedding: cosine and sine of position * frequency, both [tokens, head_size / 2], host memory of the caller. */
 void model_rope_table(const struct model *model, int tokens, float *cosine, float *sine);
 
