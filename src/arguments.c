@@ -485,6 +485,39 @@ int arguments_eval(struct arguments *arguments, int argc, char **argv, struct er
   return check_backend(arguments->evaluate.backend, error);
 }
 
+static const struct setting export_files[] = {
+    {"model", SETTING_TEXT, AT(export.model), REQUIRED, "DIR", NULL, "checkpoint folder that the store was made from"},
+    {"quantized", SETTING_TEXT, AT(export.quantized), REQUIRED, "OUT", NULL, "folder that calibrate made"},
+    {"format", SETTING_TEXT, AT(export.format), REQUIRED, "gptq|compressed-tensors|gguf|hf", NULL, "what to write"},
+    {"output", SETTING_TEXT, AT(export.output), REQUIRED, "PATH", NULL, "folder to make"},
+    {"result", SETTING_TEXTS, AT(export.results), OPTIONAL, "FILE", NULL, "what eval --json printed, for the model card; may be repeated"},
+    {"shard_size", SETTING_INT, AT(export.shard_mib), 1, 1 << 20, NULL, "4096", "MiB of a safetensors file at most"},
+};
+
+static const struct setting export_formats_settings[] = {
+    {"checkpoint_format", SETTING_ENUM, AT(export.gptq), 0, 0, "auto|gptq|gptq_v2", "auto",
+     "gptq: how zero points are stored; auto: gptq for symmetric weights, else gptq_v2"},
+    {"dtype", SETTING_ENUM, AT(export.dtype), 0, 0, "auto|float16|bfloat16|float32", "auto",
+     "hf: type of the weights; auto: bfloat16 where the model is, else float16"},
+    {"f16_fallback", SETTING_BOOL, AT(export.f16_fallback), 0, 1, NULL, NULL,
+     "gguf: write layers as F16 that its types cannot hold, instead of refusing"},
+    {"pre_tokenizer", SETTING_TEXT, AT(export.pretokenizer), OPTIONAL, "NAME", NULL,
+     "gguf: llama.cpp's name of how text is split, where tokenizer.json does not tell"},
+};
+
+int arguments_export(struct arguments *arguments, int argc, char **argv, struct error *error) {
+  struct group groups[] = {
+      {.header = "Files:", .settings = export_files, .count = COUNT(export_files), .target = arguments},
+      {.header = "Of single formats:", .settings = export_formats_settings, .count = COUNT(export_formats_settings), .target = arguments},
+  };
+  struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};
+  return run_subcommand(
+      &parse, argc, argv,
+      "Writes what calibrate made as inference engines read it: a folder with weights, tokenizer and model card. It appears "
+      "whole or not at all. What a format cannot hold is refused before anything is written.\v"
+      "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
+}
+
 static const struct setting inspect_output[] = {
     {"json", SETTING_BOOL, AT(json), 0, 1, NULL, NULL, "print one JSON object"},
 };

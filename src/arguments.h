@@ -9,6 +9,7 @@
 #include "calibrate.h"
 #include "error.h"
 #include "evaluate.h"
+#include "export.h"
 #include "recipe.h"
 #include "verify.h"
 
@@ -23,6 +24,8 @@ struct arguments {
   const char **overrides;       /* [settings of a recipe] text of the recipe flags given, NULL for those not given; owned */
 
   struct evaluate_options evaluate;
+
+  struct export_options export;
 
   const char *store; /* of inspect */
   bool json;
@@ -53,6 +56,7 @@ void arguments_free(struct arguments *arguments);
 /* Parsers for the table's rows. */
 int arguments_calibrate(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_eval(struct arguments *arguments, int argc, char **argv, struct error *error);
+int arguments_export(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_verify(struct arguments *arguments, int argc, char **argv, struct error *error);
 

@@ -7,6 +7,7 @@
 #include "arguments.h"
 #include "calibrate.h"
 #include "evaluate.h"
+#include "export.h"
 #include "inspect.h"
 #include "world.h"
 
@@ -25,6 +26,11 @@ static int run_eval(struct world *world, const struct arguments *arguments, stru
   return evaluate(world, &arguments->evaluate, error);
 }
 
+static int run_export(struct world *world, const struct arguments *arguments, struct error *error) {
+  (void)world;
+  return export_model(&arguments->export, error);
+}
+
 static int run_inspect(struct world *world, const struct arguments *arguments, struct error *error) {
   (void)world;
   return inspect(arguments->store, arguments->json, error);
@@ -38,6 +44,7 @@ static int run_verify(struct world *world, const struct arguments *arguments, st
 static const struct command commands[] = {
     {"calibrate", "quantize a model and store it", true, arguments_calibrate, run_calibrate},
     {"eval", "measure the perplexity of a model, quantized or not", true, arguments_eval, run_eval},
+    {"export", "write a quantized model as inference engines read it", false, arguments_export, run_export},
     {"inspect", "show what a quantized model holds", false, arguments_inspect, run_inspect},
     {"verify", "check that a quantized model is whole", false, arguments_verify, run_verify},
     {0},
