@@ -5,11 +5,17 @@
 #include "dequantize.h"
 #include "export_safetensors.h"
 
-/* Of a quantized layer. A step of 8 bits is 2^-8 of the range and rounding here 2^-9 of the weight: the codes can be found again. */
+/* Rounding to bfloat16 moves a weight by up to 2^-8 of it: asymmetric codes of 8 bits, up to 255 steps, could not be found again. */
+static bool bf16_holds(const struct export_scheme *scheme) {
+  return scheme->bits < 8 || scheme->symmetric;
+}
+
+/* Of a quantized layer. */
 static enum dtype weight_type(const struct export_job *job) {
   static const enum dtype types[] = {[EXPORT_FLOAT16] = DTYPE_F16, [EXPORT_BFLOAT16] = DTYPE_BF16, [EXPORT_FLOAT32] = DTYPE_F32};
+  const struct model *model = job->model;
   if (job->dtype != EXPORT_DTYPE_AUTO) return types[job->dtype];
-  return job->model->tensor[job->model->linear[LINEAR_Q].weight].dtype == DTYPE_BF16 ? DTYPE_BF16 : DTYPE_F16;
+  return model->tensor[model->linear[LINEAR_Q].weight].dtype == DTYPE_BF16 && bf16_holds(&job->scheme) ? DTYPE_BF16 : DTYPE_F16;
 }
 
 static const char *config_dtype(const struct export_job *job) {
@@ -18,8 +24,8 @@ static const char *config_dtype(const struct export_job *job) {
 }
 
 static int check(const struct export_job *job, struct error *error) {
-  (void)job, (void)error;
-  return 0;
+  if (job->dtype != EXPORT_BFLOAT16 || bf16_holds(&job->scheme)) return 0;
+  return error_set(error, ERROR_INPUT, "bfloat16 is too coarse for asymmetric weights of 8 bits; give --dtype float16");
 }
 
 /* To nearest even. */

@@ -1,0 +1,144 @@
+#!/bin/bash
+# exports.sh OMNIQUANT TEST_HELPER: exports of a small model of every family and of every width, read back by numpy alone (export_reads.py): codes,
+# scales, zero points and all other tensors are those of store and checkpoint. What cannot be held is refused, with what can, and nothing is written.
+# shellcheck disable=SC2317 # functions are called through check
+# shellcheck source=tests/common.bash
+. "$(dirname "$0")/common.bash"
+here=${fixtures%/fixtures}
+python=${PYTHON:-python3}
+"$python" -c 'import gguf, h5py, numpy, tokenizers' 2>/dev/null || skip "$python lacks a package of tools/requirements.txt"
+
+cd "$work" || exit 1
+"$python" "$here/export_models.py" "$fixtures" models && "$helper" tokens tokens.h5 1000 380 1 || exit 1
+
+# calibrate NAME MODEL FLAG...: a store in NAME.
+calibrate() {
+  timeout 120 "$program" calibrate --model "models/$2" --tokens tokens.h5 --output "$1" --seqlen 24 --samples 4 --batch 2 --threads 1 "${@:3}" \
+    >log 2>&1 </dev/null || {
+    cat log
+    return 1
+  }
+}
+
+# export_to OUTPUT MODEL STORE FORMAT FLAG...
+export_to() {
+  timeout 120 "$program" export --model "models/$2" --quantized "$3" --format "$4" --output "$1" "${@:5}" </dev/null
+}
+
+# refused PART... -- MODEL STORE FORMAT FLAG...: one line with all the parts, status 2, nothing written.
+refused() {
+  local parts=() status before message
+  while [ "$1" != -- ]; do
+    parts+=("$1")
+    shift
+  done
+  shift
+  before=$(ls -A)
+  message=$(export_to refused "$@" 2>&1)
+  status=$?
+  echo "$message"
+  [ "$status" = 2 ] && [ "$(wc -l <<<"$message")" = 1 ] || return 1
+  for part in "${parts[@]}"; do
+    case $message in *"$part"*) ;; *) echo "does not say '$part'" && return 1 ;; esac
+  done
+  [ "$before" = "$(ls -A)" ] || { echo "left something" && ls -A && return 1; }
+}
+
+reads=() # MODEL STORE EXPORT of all that is read in the end
+# holds MODEL STORE FORMAT FLAG...: exports, to be read in the end.
+holds() {
+  local output=$2.$3
+  check "$output is exported" export_to "$output" "$@"
+  reads+=("models/$1" "$2" "$output")
+}
+
+echo "# families"
+for model in models/*; do
+  model=${model#models/}
+  check "$model is calibrated" calibrate "$model" "$model" --wbits 4 --group-size 32 --let --epochs 3
+  for format in hf compressed-tensors gptq gguf; do
+    case $model-$format in
+    opt*-gguf) check "$model: llama.cpp knows it not" refused "does not know models of type opt" "compressed-tensors" -- "$model" "$model" gguf ;;
+    *) holds "$model" "$model" "$format" ;;
+    esac
+  done
+done
+
+echo "# widths"
+for bits in 2 3 4 5 6 7 8; do
+  for kind in asymmetric symmetric; do
+    store=w$bits-$kind group=32 flags=()
+    [ $kind = asymmetric ] || flags=(--symmetric)
+    [ $bits != 4 ] || group=0
+    check "$store is calibrated" calibrate "$store" llama_mha --wbits "$bits" --group-size $group --epochs 0 "${flags[@]}"
+    holds llama_mha "$store" hf
+    holds llama_mha "$store" compressed-tensors
+    case $bits in
+    2 | 3 | 4 | 8) holds llama_mha "$store" gptq ;;
+    *) check "$store: not in GPTQ" refused "2, 3, 4 and 8 bits, not of $bits" "compressed-tensors, gguf, hf" -- llama_mha "$store" gptq ;;
+    esac
+    case $store in
+    w8-asymmetric) check "$store: not in GGUF" refused "asymmetric weights of 8 bits" "--f16-fallback" "gptq, compressed-tensors, hf" -- llama_mha "$store" gguf ;;
+    *) holds llama_mha "$store" gguf ;;
+    esac
+  done
+done
+check "version 2 of GPTQ" export_to v2 llama_mha w4-symmetric gptq --checkpoint-format gptq_v2
+check "8 bits as F16" export_to f16 llama_mha w8-asymmetric gguf --f16-fallback
+check "weights in bfloat16" export_to bf16 llama_mha w8-symmetric hf --dtype bfloat16
+check "weights in float32" export_to f32 llama_mha w3-asymmetric hf --dtype float32
+check "in shards" export_to shards llama_mha w8-asymmetric compressed-tensors --shard-size 1
+reads+=(models/llama_mha w4-symmetric v2 models/llama_mha w8-asymmetric f16 models/llama_mha w8-symmetric bf16 models/llama_mha w3-asymmetric f32
+  models/llama_mha w8-asymmetric shards)
+many() { [ "$(find shards -name 'model-*.safetensors' -size -1100k | wc -l)" -gt 1 ]; }
+check "several files, none too large" many
+
+echo "# activations"
+for bits in 8 6 4; do
+  check "w${bits}a$bits is calibrated" calibrate "w${bits}a$bits" llama_mha --wbits $bits --symmetric --abits $bits --let --epochs 1
+  holds llama_mha "w${bits}a$bits" compressed-tensors
+  holds llama_mha "w${bits}a$bits" hf
+done
+check "W4A4: not in GPTQ" refused "no quantized activations" "W4A4" "compressed-tensors, hf" -- llama_mha w4a4 gptq
+check "W4A4: not in GGUF" refused "no quantized activations" "compressed-tensors, hf" -- llama_mha w4a4 gguf
+said() { grep -q "queries, keys and values of 4 bits, which engines do not quantize" w4a4.compressed-tensors/README.md; }
+check "the card says what engines do not do" said
+check "W4A4 asymmetric is calibrated" calibrate w4a4-asymmetric llama_mha --wbits 4 --abits 4 --epochs 0
+check "W4A4 asymmetric: folders alone" refused "symmetric, a scale a row" ": hf" -- llama_mha w4a4-asymmetric compressed-tensors
+
+echo "# what is refused"
+check "g48 is calibrated" calibrate g48 llama_mha --wbits 4 --group-size 48 --epochs 0
+check "g48: GPTQ" refused "16, 32, 64, ... 1024" "not 48" ": hf" -- llama_mha g48 gptq
+check "g48: groups do not divide the columns" refused "mlp.down_proj.weight" "divide the layer's 320 columns" ": hf" -- llama_mha g48 compressed-tensors
+check "g48: blocks do not divide the groups" refused "blocks have 32 columns" "--f16-fallback" -- llama_mha g48 gguf
+check "version 1 of GPTQ, asymmetric" refused "zero points of 0" "--checkpoint-format" -- llama_mha w4-asymmetric gptq --checkpoint-format gptq
+check "8 bits, asymmetric, in bfloat16" refused "too coarse" "--dtype float16" -- llama_mha w8-asymmetric hf --dtype bfloat16
+check "an unknown format" refused "'awq' is not one of gptq, compressed-tensors, gguf, hf" -- llama_mha w4-asymmetric awq
+check "another model" refused "give the model it was made from" -- qwen2 w4-asymmetric hf
+check "no store" refused "nowhere" -- llama_mha nowhere hf
+check "no result" refused "none.json" -- llama_mha w4-asymmetric hf --result none.json
+mkdir -p refused
+check "a target that is there" refused "refused: it is there already" -- llama_mha w4-asymmetric hf
+rmdir refused
+cp -R models/llama_mha models/odd
+sed -i 's/"individual_digits": *true/"individual_digits": false/' models/odd/tokenizer.json
+check "an unknown way to split text" refused "tokenizer.json" "pre_tokenizer" "--pre-tokenizer" -- odd w4-asymmetric gguf
+check "a way to split text by name" export_to named odd w4-asymmetric gguf --pre-tokenizer smollm
+cp -R w4-asymmetric half && rm half/blocks/0001.h5
+check "a store that is not whole" refused "block 1 is not there" -- llama_mha half hf
+rm models/odd/tokenizer.json
+check "no tokenizer" refused "tokenizer.json" "No such file" -- odd w4-asymmetric gguf
+mkdir shut && chmod 555 shut
+unwritable() { ! export_to shut/in llama_mha w4-asymmetric hf 2>said && grep -q "shut/in: cannot be made" said; }
+[ "$(id -u)" = 0 ] || check "a folder that cannot be written" unwritable
+
+echo "# read back"
+check "everything is as in store and checkpoint" "$python" "$here/export_reads.py" "${reads[@]}"
+# A reader that sees no difference would prove nothing.
+damaged() {
+  cp -R w4-asymmetric.gptq damaged || return
+  printf '\x5a' | dd of=damaged/model.safetensors bs=1 seek=$(($(stat -c %s damaged/model.safetensors) / 2)) conv=notrunc status=none
+  ! "$python" "$here/export_reads.py" models/llama_mha w4-asymmetric damaged
+}
+check "a changed byte is noticed" damaged
+finish
