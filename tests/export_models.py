@@ -125,7 +125,8 @@ def main():
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         make_weights(fixtures / name, folder, seed)
         make_tokenizer(texts, kind, config["vocab_size"] - 3).save(str(folder / "tokenizer.json"))  # some rows have no token
-        special = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ x }}"}
+        end = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+        special = {"bos_token": "<s>", "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ x }}"}
         (folder / "tokenizer_config.json").write_text(json.dumps(special))
 
 
