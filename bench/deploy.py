@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measures exports in llama.cpp on CPU: size, memory, tokens a second reading a prompt and generating. Prints a Markdown table.
 
-Usage: deploy.py [--threads N] [--runs N] [--prompt N] [--generate N] NAME=DIR_OR_FILE.gguf ...   the first is what the others are compared with
+Usage: deploy.py [--threads N] [--runs N] [--prompt N] [--generate N] [--clock wall|cpu] NAME=DIR_OR_FILE.gguf ...   the first is what the others are compared with
 
 Every file is loaded in a process of its own and the files take turns, so that a change of the machine's load meets all of them. A figure is the
-median over the runs; memory is the largest resident set of the process less what the process had before it loaded the model. Needs llama-cpp-python.
+median over the runs. On a machine that others use, `--threads 1 --clock cpu` counts the seconds that the process had instead of those that passed. Memory is the largest resident set of the process less what the process had before it loaded the model. Needs llama-cpp-python.
 """
 
 import argparse
@@ -31,12 +31,13 @@ def measure(path, arguments):
     prompt = [5 + 7 * i % 1000 for i in range(arguments.prompt)]
     model.eval(prompt[:8])  # pages come in
     model.reset()
-    begin = time.perf_counter()
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
+    begin = clock()
     model.eval(prompt)
-    read = time.perf_counter()
+    read = clock()
     for i in range(arguments.generate):
         model.eval([5 + 11 * i % 1000])
-    end = time.perf_counter()
+    end = clock()
     return {"prompt": arguments.prompt / (read - begin), "generate": arguments.generate / (end - read), "memory": resident() - before}
 
 
@@ -46,6 +47,7 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--generate", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds that passed, or that the process had")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("models", nargs="+", metavar="NAME=PATH")
     arguments = parser.parse_args()
@@ -56,7 +58,7 @@ def main():
     for given in arguments.models:
         name, path = given.split("=", 1)
         models[name] = Path(path) / "model.gguf" if Path(path).is_dir() else Path(path)
-    options = [f"--{key}={getattr(arguments, key)}" for key in ("threads", "prompt", "generate")]
+    options = [f"--{key}={getattr(arguments, key)}" for key in ("threads", "prompt", "generate", "clock")]
     load, runs = os.getloadavg()[0], {name: [] for name in models}
     for _ in range(arguments.runs):
         for name, path in models.items():
@@ -64,7 +66,7 @@ def main():
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
             runs[name].append(json.loads(output.splitlines()[-1]))
     first = None
-    print(f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.generate} generated, median of {arguments.runs} runs; "
+    print(f"{arguments.threads} threads, prompt of {arguments.prompt} tokens, {arguments.generate} generated, median of {arguments.runs} runs, {arguments.clock} time; "
           f"load of the machine {load:.1f} before, {os.getloadavg()[0]:.1f} after\n")  # fmt: skip
     print("| file | MiB | resident MiB | prompt, tokens/s | generation, tokens/s | x |\n| --- | --- | --- | --- | --- | --- |")
     for name, path in models.items():

@@ -25,18 +25,16 @@ static const struct architecture architectures[] = {
 
 /* Which type holds codes of so many bits, and what it stores of a code. */
 static const struct holder {
-  bool symmetric;
   int least, most; /* bits */
   enum gguf_type type;
-  const char *type_name;
-  bool minimum; /* weight d * q + m with m = -d * z, rounded to F16; else d * (q - middle), exactly */
   int middle;
-  int file_type; /* general.file_type */
+  int file_type;  /* general.file_type */
+  bool symmetric; /* codes */
+  bool minimum;   /* weight d * q + m with m = -d * z, rounded to F16; else d * (q - middle), exactly */
 } holders[] = {
-    {false, 2, 3, GGUF_Q4_0, "Q4_0", false, 8, 2}, {false, 4, 4, GGUF_Q4_1, "Q4_1", true, 0, 3},
-    {false, 5, 5, GGUF_Q5_1, "Q5_1", true, 0, 9},  {false, 6, 7, GGUF_Q8_0, "Q8_0", false, 0, 7},
-    {true, 2, 4, GGUF_Q4_0, "Q4_0", false, 8, 2},  {true, 5, 5, GGUF_Q5_0, "Q5_0", false, 16, 8},
-    {true, 6, 8, GGUF_Q8_0, "Q8_0", false, 0, 7},
+    {2, 3, GGUF_Q4_0, 8, 2, false, false}, {4, 4, GGUF_Q4_1, 0, 3, false, true}, {5, 5, GGUF_Q5_1, 0, 9, false, true},
+    {6, 7, GGUF_Q8_0, 0, 7, false, false}, {2, 4, GGUF_Q4_0, 8, 2, true, false}, {5, 5, GGUF_Q5_0, 16, 8, true, false},
+    {6, 8, GGUF_Q8_0, 0, 7, true, false},
 };
 enum { FILE_TYPE_F16 = 1 };
 

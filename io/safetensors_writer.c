@@ -115,9 +115,9 @@ static char *header_text(const struct safetensors_writer *writer, int shard) {
     if (entry->shard != shard) continue;
     json_t *shape = json_array();
     for (int d = 0; d < entry->dimensions; d++) json_array_append_new(shape, json_integer(entry->shape[d]));
+    json_int_t first = entry->offset, end = entry->offset + entry->bytes;
     json_object_set_new(header, entry->name,
-                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", entry->dtype, "shape", shape, "data_offsets", (json_int_t)entry->offset,
-                                  (json_int_t)(entry->offset + entry->bytes)));
+                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", entry->dtype, "shape", shape, "data_offsets", first, end));
   }
   char *text = json_dumps(header, JSON_COMPACT);
   json_decref(header);

@@ -67,18 +67,18 @@ static void write_recipe(FILE *out, const struct store_info *info) {
 }
 
 static int write_result(FILE *out, const char *path, struct error *error) {
-  const char *quantized = NULL;
   double perplexity;
   int windows, seqlen, abits, kv_bits;
   json_int_t offset;
   json_error_t reason;
   json_t *result = json_load_file(path, 0, &reason);
-  if (json_unpack_ex(result, &reason, 0, "{s:F, s:s?, s:i, s:i, s:I, s:i, s:i}", "perplexity", &perplexity, "quantized", &quantized,
-                     "windows", &windows, "seqlen", &seqlen, "offset", &offset, "abits", &abits, "kv_bits", &kv_bits))
+  if (json_unpack_ex(result, &reason, 0, "{s:F, s:i, s:i, s:I, s:i, s:i}", "perplexity", &perplexity, "windows", &windows, "seqlen",
+                     &seqlen, "offset", &offset, "abits", &abits, "kv_bits", &kv_bits))
     error_set(error, ERROR_INPUT, "%s: %s; --result takes what `omniquant eval --json` prints", path, printable(reason.text).text);
   else
-    fprintf(out, "| %s | %d x %d, from token %lld | %d, %d | %.4f |\n", quantized ? "quantized" : "full precision", windows, seqlen,
-            (long long)offset, abits, kv_bits, perplexity);
+    fprintf(out, "| %s | %d x %d, from token %lld | %d, %d | %.4f |\n",
+            json_is_string(json_object_get(result, "quantized")) ? "quantized" : "full precision", windows, seqlen, (long long)offset,
+            abits, kv_bits, perplexity);
   json_decref(result);
   return error->code;
 }

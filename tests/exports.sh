@@ -132,6 +132,19 @@ mkdir shut && chmod 555 shut
 unwritable() { ! export_to shut/in llama_mha w4-asymmetric hf 2>said && grep -q "shut/in: cannot be made" said; }
 [ "$(id -u)" = 0 ] || check "a folder that cannot be written" unwritable
 
+echo "# the page of what is stored, and the card of what is exported"
+report() {
+  "$python" "$here/../tools/report.py" mixtral --output report.html && grep -q '</html>' report.html && grep -q 'experts.7.w1' report.html &&
+    [ "$(grep -o '<circle' report.html | wc -l)" -gt 10 ] # losses before and after, of two blocks, and more
+}
+check "a report" report
+result() {
+  launch 1 eval --model models/mixtral --quantized mixtral --tokens tokens.h5 --seqlen 24 --windows 2 --json >result.json 2>log &&
+    export_to with-result mixtral mixtral hf --result result.json &&
+    grep -q "^| quantized | 2 x 24, from token 0 | 16, 16 | $(sed -n 's/^ *"perplexity": \([0-9]*\)\..*/\1/p' result.json)\." with-result/README.md
+}
+check "a perplexity on the card" result
+
 echo "# read back"
 check "everything is as in store and checkpoint" "$python" "$here/export_reads.py" "${reads[@]}"
 # A reader that sees no difference would prove nothing.

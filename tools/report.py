@@ -62,7 +62,10 @@ def summarize_block(number, block):
 
 
 def read_store(folder):
-    with h5py.File(folder / "omniquant.h5") as store:
+    path = folder / "omniquant.h5"
+    if not path.is_file():
+        raise Failure(f"{path}: not there; name the folder that calibrate made")
+    with h5py.File(path) as store:
         if "format" not in store.attrs or store.attrs["format"].decode() != "omniquant":
             raise Failure(f"{folder}/omniquant.h5: not a store of omniquant; name the folder that calibrate made")
         blocks = [summarize_block(number, block) for number, block in store["blocks"].items()] if "blocks" in store else []
