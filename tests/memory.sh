@@ -1,5 +1,6 @@
 #!/bin/bash
-# memory.sh OMNIQUANT TEST_HELPER: peak memory does not grow with the number of blocks, in calibrate and in eval, by the program's own count.
+# memory.sh OMNIQUANT TEST_HELPER: peak memory does not grow with the number of blocks, in calibrate and in eval, by the program's own count, and in
+# export, by the kernel's.
 # Reader, writer and work go on side by side, and what they hold at once is chance: of calibrate's peaks the least of three runs counts.
 # shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
@@ -49,4 +50,21 @@ compare "eval" "$few" "$peak"
 eval_peak 4 --quantized "$work/out 4" && few=$peak
 eval_peak 32 --quantized "$work/out 32"
 compare "eval of a store" "$few" "$peak"
+
+# export_peak BLOCKS FORMAT
+export_peak() {
+  peak=$(python3 -c 'import os, resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdin=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)' "$program" export --model "$work/model $1" --quantized "$work/out $1" \
+    --format "$2" --output "$work/export $1 $2" 2>"$work/log") || cat "$work/log"
+}
+if python3 -c pass 2>/dev/null; then
+  for format in hf gptq compressed-tensors; do
+    export_peak 4 $format && few=$peak
+    export_peak 32 $format
+    # The names of 28 blocks' tensors may take something; their codes alone would be 21 MiB.
+    echo "# export as $format: $few MiB for 4 blocks, $peak MiB for 32"
+    check "export as $format: 32 blocks take no more than 4" awk -v few="$few" -v many="$peak" 'BEGIN { exit !(few > 0 && many < few + 4) }'
+  done
+fi
 finish
