@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 FACTOR = 4
-SCALED = ("hidden_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "head_dim", "vocab_size", "word_embed_proj_dim")
+SCALED = ("hidden_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "head_dim", "vocab_size", "word_embed_proj_dim", "sliding_window")
 KEPT_ROWS = ("embed_positions.weight", "block_sparse_moe.gate.weight")  # positions and experts do not grow
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -110,15 +110,17 @@ def load_plain(config, tensors):
 
 
 def quantize_inputs(model, bits):
-    """Lets the layers of blocks read dynamically quantized activations, as eval does: asymmetric, a scale a token."""
-    top = 2**bits - 1
+    """Lets the layers of blocks read dynamically quantized activations, as eval does: asymmetric, a scale a token. Codes are signed and rounded after
+    the zero point is added, as the engine does: a last bit that rounds otherwise grows, over the blocks, to percents of the logits."""
+    least, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def hook(_, inputs):
         x = inputs[0]
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / top).clamp(1e-5, 1e4)
-        zero = (-low / scale).round().clamp(0, top)
-        return (((x / scale).round() + zero).clamp(0, top) - zero) * scale
+        scale = (high - low) / (2**bits - 1)
+        scale = torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+        zero = (least - low / scale).clamp(least, top).round()
+        return ((x / scale + zero).round().clamp(least, top) - zero) * scale
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and any(part.isdigit() for part in name.split(".")):
