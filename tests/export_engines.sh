@@ -21,6 +21,7 @@ verified() {
   timeout 600 "$python" "$here/../tools/verify_export.py" --model "models/$1" --quantized "$2" --tokens tokens.h5 --seqlen 32 --windows 2 "$3" \
     >verified.json 2>log </dev/null || { tail -n 5 log && return 1; }
   cat verified.json
+  echo "# $3: relative error of logits $(field verified.json relative_error), KL divergence $(field verified.json kl)" >>results
   abits=$(field verified.json abits)
   perplexity=$(launch 1 eval --model "models/$1" --quantized "$2" --tokens tokens.h5 --seqlen 32 --windows 2 --abits "$abits" --kv-bits 16 --json \
     2>log | sed -n 's/^ *"perplexity": \(.*\),$/\1/p')
@@ -59,4 +60,5 @@ for model in models/*; do
   done
 done
 check "llama.cpp splits text as tokenizer.json does" "$python" "$here/export_tokens.py" "$fixtures/make_models.py" "${tokenizers[@]}"
+cat results
 finish
