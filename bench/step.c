@@ -119,7 +119,7 @@ int main(int argc, char **argv) {
   recipe.epochs = a.steps + 3;
   recipe.samples = 1;
   struct world world = {.size = 1, .local_size = 1};
-  struct kernels *k = kernels_open("cpu", a.threads, &error);
+  struct kernels *k = kernels_open("cpu", a.threads, 0, &error);
   char *image = NULL;
   double *step_seconds = NULL, *product_seconds = NULL;
   struct block block;

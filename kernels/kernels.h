@@ -99,8 +99,8 @@ struct cross_entropy {
 };
 
 struct kernels {
-  const char *name;      /* "cpu" */
-  const char *level;     /* what of the device is used, for the log: "x86-64-v4" */
+  const char *name;      /* "cpu", "cuda" */
+  const char *level;     /* what of the device is used, for the log: "x86-64-v4", "NVIDIA H100" */
   int threads;           /* host threads that operations may use */
   size_t element_bytes;  /* of one element of data */
   struct backend *state; /* the backend's own */
@@ -112,6 +112,8 @@ struct kernels {
   /* Device memory, zeroed; NULL if there is not enough. Freed by release; NULL may be released. */
   void *(*allocate)(struct kernels *k, size_t bytes);
   void (*release)(struct kernels *k, void *memory);
+  /* Whether it lies in this device's memory, which the host cannot read; NULL where the device's memory is the host's. */
+  bool (*owns)(struct kernels *k, const void *memory);
   /* Waits for all work; reports the device's first failure (ERROR_WORK). */
   int (*synchronize)(struct kernels *k, struct error *error);
   /* Host to device, `count` elements of a checkpoint's dtype into data. `from` need not be aligned and may be reused on return. */
@@ -270,9 +272,13 @@ struct kernels {
 };
 
 /* Opens a backend. Errors: ERROR_INPUT for a name that is not built in, ERROR_WORK when the device fails. NULL on failure. */
-struct kernels *kernels_open(const char *name, /* "cpu" */
+struct kernels *kernels_open(const char *name, /* "cpu", "cuda" */
                              int threads,      /* host threads, at least 1 */
+                             int device,       /* this rank's number on its node: its devices are taken in turn. The CPU has one */
                              struct error *error);
+
+/* Whether a backend of that name is built in. */
+bool kernels_built_in(const char *name);
 
 /* Element `offset` of a tensor. */
 static inline data *data_at(const struct kernels *k, const data *tensor, int64_t offset) {

@@ -9,12 +9,6 @@
 
 #include "dtype.h"
 
-#ifdef __CUDACC__
-#define QUANTIZER_FUNCTION static __host__ __device__ __forceinline__
-#else
-#define QUANTIZER_FUNCTION static inline
-#endif
-
 struct quantizer {
   int bits;           /* n: 2..8 */
   bool symmetric;     /* zero point fixed at 2^(n-1) */
@@ -28,41 +22,41 @@ struct group_grid {
 };
 
 /* Not fmaxf and fminf: their rules for NaN keep compilers from vector code. */
-QUANTIZER_FUNCTION float quantizer_max(float a, float b) {
+PORTABLE_FUNCTION float quantizer_max(float a, float b) {
   return a > b ? a : b;
 }
-QUANTIZER_FUNCTION float quantizer_min(float a, float b) {
+PORTABLE_FUNCTION float quantizer_min(float a, float b) {
   return a < b ? a : b;
 }
 
-QUANTIZER_FUNCTION float quantizer_top(const struct quantizer *q) { /* Q = 2^n - 1 */
+PORTABLE_FUNCTION float quantizer_top(const struct quantizer *q) { /* Q = 2^n - 1 */
   return (float)((1 << q->bits) - 1);
 }
 
 /* The largest scale's divisor: Q, or 2^(n-1) - 1 for symmetric codes. */
-QUANTIZER_FUNCTION float quantizer_steps(const struct quantizer *q) {
+PORTABLE_FUNCTION float quantizer_steps(const struct quantizer *q) {
   return q->symmetric ? (float)((1 << (q->bits - 1)) - 1) : quantizer_top(q);
 }
 
 /* hi and lo with 0 inside: the ends of the range that the codes cover. */
-QUANTIZER_FUNCTION float quantizer_high(float factor, float maximum) {
+PORTABLE_FUNCTION float quantizer_high(float factor, float maximum) {
   return quantizer_max(factor * maximum, 0);
 }
-QUANTIZER_FUNCTION float quantizer_low(float factor, float minimum) {
+PORTABLE_FUNCTION float quantizer_low(float factor, float minimum) {
   return quantizer_min(factor * minimum, 0);
 }
 
-QUANTIZER_FUNCTION float quantizer_raw_scale(const struct quantizer *q, float high, float low) {
+PORTABLE_FUNCTION float quantizer_raw_scale(const struct quantizer *q, float high, float low) {
   float range = q->symmetric ? quantizer_max(high, -low) : high - low;
   return range / quantizer_steps(q);
 }
 
-QUANTIZER_FUNCTION bool quantizer_scale_clamped(float raw) {
+PORTABLE_FUNCTION bool quantizer_scale_clamped(float raw) {
   return !(raw >= 1e-5f && raw <= 1e4f);
 }
 
 /* at_rest: the scale as it is stored, in fp16. */
-QUANTIZER_FUNCTION struct group_grid quantizer_grid(const struct quantizer *q, float high, float low, bool at_rest) {
+PORTABLE_FUNCTION struct group_grid quantizer_grid(const struct quantizer *q, float high, float low, bool at_rest) {
   struct group_grid grid;
   grid.scale = quantizer_min(quantizer_max(quantizer_raw_scale(q, high, low), 1e-5f), 1e4f);
   if (at_rest) grid.scale = half_to_float(half_from_float(grid.scale));
@@ -72,27 +66,27 @@ QUANTIZER_FUNCTION struct group_grid quantizer_grid(const struct quantizer *q, f
 }
 
 /* round(w / scale) + zero_point before it is clamped to 0..Q: outside, the weight is clipped. */
-QUANTIZER_FUNCTION float quantizer_raw_code(float w, struct group_grid grid) {
+PORTABLE_FUNCTION float quantizer_raw_code(float w, struct group_grid grid) {
   return rintf(w / grid.scale) + grid.zero_point;
 }
 
-QUANTIZER_FUNCTION float quantizer_code(float w, struct group_grid grid, float top) {
+PORTABLE_FUNCTION float quantizer_code(float w, struct group_grid grid, float top) {
   return quantizer_min(quantizer_max(quantizer_raw_code(w, grid), 0), top);
 }
 
-QUANTIZER_FUNCTION float quantizer_fake(float w, struct group_grid grid, float top) {
+PORTABLE_FUNCTION float quantizer_fake(float w, struct group_grid grid, float top) {
   return (quantizer_code(w, grid, top) - grid.zero_point) * grid.scale;
 }
 
 /* d w_hat / d scale, straight-through: round(x) - x inside, the code's distance from the zero point at the ends and outside: a weight
  * that the range's end holds moves with it. */
-QUANTIZER_FUNCTION float quantizer_scale_slope(float w, struct group_grid grid, float top) {
+PORTABLE_FUNCTION float quantizer_scale_slope(float w, struct group_grid grid, float top) {
   float x = w / grid.scale, rounded = rintf(x), raw = rounded + grid.zero_point;
   return raw <= 0 ? -grid.zero_point : raw >= top ? top - grid.zero_point : rounded - x;
 }
 
 /* d w_hat / d w is 1 here, 0 where an end holds the weight. */
-QUANTIZER_FUNCTION bool quantizer_inside(float w, struct group_grid grid, float top) {
+PORTABLE_FUNCTION bool quantizer_inside(float w, struct group_grid grid, float top) {
   float raw = quantizer_raw_code(w, grid);
   return raw > 0 && raw < top;
 }
@@ -104,7 +98,7 @@ struct end_slopes {
 
 /* d scale / d high and d scale / d low; 0 where the scale is clamped. Where both ends of a symmetric range are equally far from zero each
  * takes half, as a maximum's gradient is shared by ties. */
-QUANTIZER_FUNCTION struct end_slopes quantizer_range_slopes(const struct quantizer *q, float high, float low) {
+PORTABLE_FUNCTION struct end_slopes quantizer_range_slopes(const struct quantizer *q, float high, float low) {
   struct end_slopes slopes = {0, 0};
   if (quantizer_scale_clamped(quantizer_raw_scale(q, high, low))) return slopes;
   float share_high = 1, share_low = 1;
@@ -118,8 +112,8 @@ QUANTIZER_FUNCTION struct end_slopes quantizer_range_slopes(const struct quantiz
 }
 
 /* d scale / d f_hi and d scale / d f_lo. */
-QUANTIZER_FUNCTION struct end_slopes quantizer_factor_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
-                                                             float minimum) {
+PORTABLE_FUNCTION struct end_slopes quantizer_factor_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
+                                                            float minimum) {
   struct end_slopes slopes = quantizer_range_slopes(q, quantizer_high(f_hi, maximum), quantizer_low(f_lo, minimum));
   slopes.high *= quantizer_max(maximum, 0);
   slopes.low *= quantizer_min(minimum, 0);
@@ -127,8 +121,8 @@ QUANTIZER_FUNCTION struct end_slopes quantizer_factor_slopes(const struct quanti
 }
 
 /* d scale / d maximum and d scale / d minimum, where the group's values move too; an end at zero does not follow them. */
-QUANTIZER_FUNCTION struct end_slopes quantizer_extreme_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
-                                                              float minimum) {
+PORTABLE_FUNCTION struct end_slopes quantizer_extreme_slopes(const struct quantizer *q, float f_hi, float f_lo, float maximum,
+                                                             float minimum) {
   struct end_slopes slopes = quantizer_range_slopes(q, quantizer_high(f_hi, maximum), quantizer_low(f_lo, minimum));
   slopes.high *= maximum > 0 ? f_hi : 0;
   slopes.low *= minimum < 0 ? f_lo : 0;

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels.h"
 #include "printable.h"
 #include "store.h"
 
@@ -279,8 +280,9 @@ static int run_subcommand(struct parse *parse, int argc, char **argv, const char
 #define ANY_COUNT    0, 9007199254740991
 
 static int check_backend(const char *backend, struct error *error) {
-  if (strcmp(backend, "cpu") == 0) return 0;
-  return error_set(error, ERROR_INPUT, "--backend: '%s' is not one of cpu", printable(backend).text);
+  if (kernels_built_in(backend)) return 0;
+  if (strcmp(backend, "cuda") == 0) return error_set(error, ERROR_INPUT, "--backend cuda: not built in; build with CUDA, or use cpu");
+  return error_set(error, ERROR_INPUT, "--backend: '%s' is not one of cpu|cuda", printable(backend).text);
 }
 
 static const struct setting calibrate_files[] = {
@@ -297,7 +299,7 @@ static const struct setting calibrate_run[] = {
     {"stream_checkpoint", SETTING_INT, AT(calibrate.stream_checkpoint), 0, 10000, NULL, "0",
      "keep the hidden states in OUT/streams every N blocks, to resume without replaying what is stored; 0: never"},
     {"blocks", SETTING_TEXT, AT(blocks), OPTIONAL, "A:B", NULL, "quantize blocks A to B - 1 only; either may be left out"},
-    {"backend", SETTING_TEXT, AT(calibrate.backend), OPTIONAL, "cpu", "cpu", "what computes"},
+    {"backend", SETTING_TEXT, AT(calibrate.backend), OPTIONAL, "cpu|cuda", "cpu", "what computes"},
     {"threads", SETTING_INT, AT(calibrate.threads), 0, 65536, NULL, "0", "threads a rank; 0: the node's cores over its ranks"},
 };
 
@@ -464,7 +466,7 @@ static const struct setting eval_activations[] = {
 
 static const struct setting eval_run[] = {
     {"json", SETTING_BOOL, AT(evaluate.json), 0, 1, NULL, NULL, "print one JSON object"},
-    {"backend", SETTING_TEXT, AT(evaluate.backend), OPTIONAL, "cpu", "cpu", "what computes"},
+    {"backend", SETTING_TEXT, AT(evaluate.backend), OPTIONAL, "cpu|cuda", "cpu", "what computes"},
     {"threads", SETTING_INT, AT(evaluate.threads), 0, 65536, NULL, "0", "threads a rank; 0: the node's cores over its ranks"},
 };
 

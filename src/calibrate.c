@@ -214,7 +214,7 @@ static int open_work(struct run *run, struct error *error) {
   }
   if (stream_open(run->world, &source, &run->stream, error))
     return error->code; /* first: it is collective, and what follows may fail on one rank alone */
-  run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), error);
+  run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
   if (!run->k) return error->code;
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
   open_streams(run);

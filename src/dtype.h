@@ -6,6 +6,13 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A function that device code calls too. */
+#ifdef __CUDACC__
+#define PORTABLE_FUNCTION static __host__ __device__ __forceinline__
+#else
+#define PORTABLE_FUNCTION static inline
+#endif
+
 enum dtype { DTYPE_F32, DTYPE_F16, DTYPE_BF16, DTYPE_OTHER };
 
 /* Bytes of one element; 0 for DTYPE_OTHER. */
@@ -18,24 +25,24 @@ static inline const char *dtype_name(enum dtype dtype) {
   return names[dtype];
 }
 
-static inline float float_from_bits(uint32_t bits) {
+PORTABLE_FUNCTION float float_from_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t float_to_bits(float value) {
+PORTABLE_FUNCTION uint32_t float_to_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float bf16_to_float(uint16_t bits) {
+PORTABLE_FUNCTION float bf16_to_float(uint16_t bits) {
   return float_from_bits((uint32_t)bits << 16);
 }
 
 /* IEEE 754 binary16 to binary32, exact; branch-free so that compilers vectorize it. */
-static inline float half_to_float(uint16_t half) {
+PORTABLE_FUNCTION float half_to_float(uint16_t half) {
   uint32_t sign = (uint32_t)(half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   /* Rebiasing by a multiplication makes subnormals come out right; infinities and NaN need the exponent filled up. */
   uint32_t bits = float_to_bits(float_from_bits(magnitude << 13) * 0x1p112f);
@@ -44,7 +51,7 @@ static inline float half_to_float(uint16_t half) {
 }
 
 /* binary32 to binary16, to nearest even; values beyond the range become infinity. */
-static inline uint16_t half_from_float(float value) {
+PORTABLE_FUNCTION uint16_t half_from_float(float value) {
   uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
   if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above */

@@ -174,7 +174,7 @@ static int open_work(struct evaluation *e, struct error *error) {
   struct stream_source source = {items, item_bytes, read_item, e};
   if (stream_open(e->world, &source, &e->stream, error))
     return error->code; /* first: it is collective, and what follows may fail on one rank alone */
-  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), error);
+  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), e->world->local_rank, error);
   if (!e->k) return error->code;
   for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
   size_t tokens = (size_t)e->count * (size_t)T;

@@ -538,7 +538,7 @@ static void follow(void (*calibrate)(struct run *run), bool tied, int most) {
     for (int threads = 1; threads <= most; threads++) {
       struct run run;
       struct error error = {0};
-      struct kernels *k = kernels_open("cpu", threads, &error);
+      struct kernels *k = kernels_open("cpu", threads, 0, &error);
       require(&error);
       run_open(&run, &goldens[i], tied, k, bounds, threads == 1 ? "1 thread" : "2 threads");
       calibrate(&run);

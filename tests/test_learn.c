@@ -41,7 +41,7 @@ static void fill_samples(struct setup *s, data *x) {
 
 static void setup_open(struct setup *s, const char *folder, const struct recipe *recipe) {
   struct error error = {0};
-  struct kernels *k = kernels_open("cpu", 1, &error);
+  struct kernels *k = kernels_open("cpu", 1, 0, &error);
   *s = (struct setup){.memory = {.k = k}, .k = k, .recipe = *recipe, .world = {.size = 1, .local_size = 1}};
   fixture_open(&s->f, folder, "expected.safetensors");
   shard_init(&s->shard, recipe->samples, recipe->batch, 0, 1);

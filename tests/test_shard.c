@@ -143,7 +143,7 @@ static void sums_are_the_same_for_any_power_of_two(void **context) {
   (void)context;
   struct bound bound = {"sum over a step, of the sum of magnitudes", 1e-6, 0};
   struct error error = {0};
-  struct memory d = {.k = kernels_open("cpu", 1, &error)};
+  struct memory d = {.k = kernels_open("cpu", 1, 0, &error)};
   assert_non_null(d.k);
   for (int i = 0; i < CASES; i++)
     for (int size = 1; size <= MOST_RANKS; size++) check_sums(&d, &bound, sample_counts[i / 10], batches[i % 10], size);

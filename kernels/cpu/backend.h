@@ -41,6 +41,8 @@ struct backend {
 /* At least `count` floats that stay valid until the next call; NULL (and the failure kept) without memory. */
 float *cpu_scratch(struct kernels *k, int64_t count);
 
+struct kernels *cpu_open(int threads, struct error *error); /* ERROR_WORK without memory; NULL on failure */
+
 void cpu_kernels_v2(struct kernels *k);
 void cpu_kernels_v3(struct kernels *k);
 void cpu_kernels_v4(struct kernels *k);
