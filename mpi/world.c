@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "device.h"
 #include "watch.h"
 
 enum { TAG_BYTES = 1, TAG_REDUCE = 2 };
@@ -144,11 +145,19 @@ static void allreduce_piece(struct world *world, float *values, size_t count, fl
 
 void world_allreduce(struct world *world, float *values, size_t count, float *scratch) {
   if (world->size == 1) return;
+  if (device_owns(world->device, values)) {
+    device_allreduce(world, values, count, scratch);
+    return;
+  }
   for (size_t done = 0; done < count; done += PIECE)
     allreduce_piece(world, values + done, count - done < PIECE ? count - done : PIECE, scratch);
 }
 
 void world_largest(struct world *world, float *values, size_t count) {
+  if (world->size > 1 && device_owns(world->device, values)) {
+    device_largest(world, values, count);
+    return;
+  }
   for (size_t done = 0; done < count && world->size > 1; done += PIECE) {
     size_t piece = count - done < PIECE ? count - done : PIECE;
     require(world, MPI_Allreduce(MPI_IN_PLACE, values + done, (int)piece, MPI_FLOAT, MPI_MAX, world->communicator), "allreduce");

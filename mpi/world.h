@@ -10,12 +10,14 @@
 #include "error.h"
 
 struct watch;
+struct device;
 
 struct world {
   int rank, size;             /* of all ranks */
   int local_rank, local_size; /* among the ranks of this node */
   MPI_Comm communicator;      /* of all ranks */
   struct watch *watch;        /* over all ranks; NULL before world_watch, and where there is nobody to watch */
+  struct device *device;      /* of device_open; NULL: all memory is the host's */
 };
 
 /* Starts MPI. Call once, first in main. */
@@ -54,7 +56,9 @@ void world_abort(struct world *world, const struct error *error) __attribute__((
 
 /* The collectives below return nothing: when MPI itself fails there is no way left to tell the others, and all ranks are ended. */
 
-/* Sums values over all ranks in the fixed binary tree ((0+1)+(2+3))+..., so that for every power-of-two size the result is the same
+/* Both of the next take memory of the world's device too; then they may run asynchronously, in the order of the device's work.
+ *
+ * Sums values over all ranks in the fixed binary tree ((0+1)+(2+3))+..., so that for every power-of-two size the result is the same
  * bit for bit as one rank adding in that tree. Every rank receives the sum. Collective. */
 void world_allreduce(struct world *world, float *values, /* [count], in place */
                      size_t count, float *scratch /* [count] */);

@@ -9,6 +9,7 @@
 
 #include "clock.h"
 #include "dequantize.h"
+#include "device.h"
 #include "feed.h"
 #include "file.h"
 #include "resume.h"
@@ -435,6 +436,8 @@ static int calibrate_blocks(struct run *run, struct error *error) {
   if (run->world->rank == 0) run->progress = progress_open("calibrate", blocks_left(run));
   if (!resume_schedule(run, error)) open_work(run, error);
   if (world_agree(run->world, error)) return error->code;
+  device_open(&run->team, run->k, error);
+  if (world_agree(run->world, error)) return error->code;
   announce(run);
   if (resume_streams(run, error)) return error->code;
   stream_start(run->stream, resume_first_item(run, run->start));
@@ -478,6 +481,7 @@ static void run_free(struct run *run, struct error *error) {
   free(run->sample_start);
   free(run->item);
   for (int i = 0; i < run->count; i++) block_image_free(&run->jobs[i].image);
+  device_close(&run->team);
   world_leave_team(&run->team);
   if (!run->k) return;
   for (int i = 0; i < run->count; i++) learner_free(&run->jobs[i].learner);

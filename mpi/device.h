@@ -1,0 +1,28 @@
+/* device.h: sums over ranks of what lies in a device's memory. Once a world has its device, world_allreduce and world_largest take pointers of
+ * either kind of memory, and callers need not know which. Over NCCL where the program is built with it; else through the host's memory. */
+#ifndef OMNIQUANT_DEVICE_H
+#define OMNIQUANT_DEVICE_H
+
+#include "kernels.h"
+#include "world.h"
+
+/* Gives the world its device; nothing to do on one rank, or where the backend's memory is the host's. `k` must outlive device_close. Collective,
+ * after all ranks have opened their kernels. Errors: ERROR_WORK, this rank's own: agree on them. */
+int device_open(struct world *world, struct kernels *k, struct error *error);
+void device_close(struct world *world);
+
+/* What world_allreduce and world_largest ask and do. */
+bool device_owns(const struct device *device, const void *memory);
+void device_allreduce(struct world *world, float *values, size_t count, float *scratch);
+void device_largest(struct world *world, float *values, size_t count);
+
+/* The tree of world_allreduce over any means of exchange: it gives the same bits. */
+struct device_link {
+  void *context;
+  /* Sends `mine` to the partner and receives `theirs`; NULL for one of them: one way only. */
+  void (*exchange)(void *context, const float *mine, float *theirs, size_t count, int partner);
+  void (*add)(void *context, float *values, const float *other, size_t count);
+};
+void device_tree_sum(const struct device_link *link, int rank, int size, float *values, size_t count, float *scratch);
+
+#endif

@@ -1,0 +1,97 @@
+/* nccl_link.c: exchanges between devices. A thread asks once a second whether NCCL has met a failure, since the stream would only wait; a dead peer
+ * that leaves NCCL waiting in silence is found by the ranks' watch (watch.h). */
+#include "nccl_link.h"
+
+#include <nccl.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "cuda/backend.h"
+
+struct nccl {
+  ncclComm_t communicator;
+  cudaStream_t stream;
+  struct world *world;
+  pthread_t thread;
+  pthread_mutex_t lock;
+  pthread_cond_t end;
+  bool ending, started;
+};
+
+static void end_all(struct nccl *nccl, ncclResult_t code, const char *what) {
+  struct error error = {0};
+  error_set(&error, ERROR_WORK, "rank %d: NCCL %s failed: %s (%s)", nccl->world->rank, what, ncclGetErrorString(code),
+            ncclGetLastError(nccl->communicator));
+  world_abort(nccl->world, &error);
+}
+
+static void require(struct nccl *nccl, ncclResult_t code, const char *what) {
+  if (code != ncclSuccess && code != ncclInProgress) end_all(nccl, code, what);
+}
+
+static void *look_for_failures(void *context) {
+  struct nccl *nccl = context;
+  pthread_mutex_lock(&nccl->lock);
+  while (!nccl->ending) {
+    struct timespec until;
+    ncclResult_t state = ncclSuccess;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec++;
+    pthread_cond_timedwait(&nccl->end, &nccl->lock, &until);
+    if (nccl->ending) break;
+    require(nccl, ncclCommGetAsyncError(nccl->communicator, &state), "query");
+    require(nccl, state, "exchange");
+  }
+  pthread_mutex_unlock(&nccl->lock);
+  return NULL;
+}
+
+int nccl_open(struct world *world, struct kernels *k, struct nccl **opened, struct error *error) {
+  ncclUniqueId id = {{0}};
+  struct nccl *nccl = calloc(1, sizeof *nccl);
+  ncclResult_t code = world->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
+  if (!nccl) error_set(error, ERROR_WORK, "rank %d: out of memory for NCCL", world->rank);
+  if (code != ncclSuccess)
+    error_set(error, ERROR_WORK, "NCCL cannot start: %s (%s); NCCL_DEBUG=INFO tells more", ncclGetErrorString(code),
+              ncclGetLastError(NULL));
+  if (world_agree(world, error) || !nccl) { /* what follows waits for all ranks */
+    free(nccl);
+    return error->code;
+  }
+  *opened = nccl;
+  *nccl = (struct nccl){.world = world, .stream = k->state->stream, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
+  world_broadcast(world, &id, sizeof id);
+  code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
+  if (code != ncclSuccess)
+    return error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); NCCL_DEBUG=INFO tells more", world->rank,
+                     ncclGetErrorString(code), ncclGetLastError(NULL));
+  if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
+    return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
+  nccl->started = true;
+  return 0;
+}
+
+void nccl_close(struct nccl *nccl) {
+  if (!nccl) return;
+  if (nccl->started) {
+    pthread_mutex_lock(&nccl->lock);
+    nccl->ending = true;
+    pthread_cond_signal(&nccl->end);
+    pthread_mutex_unlock(&nccl->lock);
+    pthread_join(nccl->thread, NULL);
+  }
+  if (nccl->communicator) ncclCommDestroy(nccl->communicator);
+  free(nccl);
+}
+
+void nccl_exchange(struct nccl *nccl, const float *mine, float *theirs, size_t count, int partner) {
+  require(nccl, ncclGroupStart(), "group");
+  if (mine) require(nccl, ncclSend(mine, count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
+  if (theirs) require(nccl, ncclRecv(theirs, count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
+  require(nccl, ncclGroupEnd(), "exchange");
+}
+
+void nccl_largest(struct nccl *nccl, float *values, size_t count) {
+  require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
+}
