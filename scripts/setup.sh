@@ -28,7 +28,7 @@ is_root() { [ "$(id -u)" = 0 ]; }
 # Is that package's content there? Tools count wherever they come from.
 has_package() {
   case $1 in
-  gcc | make | cmake | pkg-config | valgrind | clang | clang-format | clang-tidy | shellcheck) command -v "$1" >/dev/null ;;
+  gcc | g++ | make | cmake | pkg-config | valgrind | clang | clang-format | clang-tidy | shellcheck) command -v "$1" >/dev/null ;;
   python3-venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
   *) dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed ;;
   esac

@@ -20,7 +20,7 @@ check_format() {
     return 0
   fi
   say "checking the layout"
-  find src io mpi kernels tests bench -name '*.[ch]' -print0 | xargs -0 clang-format --dry-run --Werror
+  find src io mpi kernels tests bench \( -name '*.[ch]' -o -name '*.cu' -o -name '*.cpp' \) -print0 | xargs -0 clang-format --dry-run --Werror
 }
 
 # Runs ctest, shows its output and sets passed, failed and skipped.
@@ -45,7 +45,7 @@ case ${1:-} in
 *) usage >&2 && exit 2 ;;
 esac
 
-install_packages "${packages[@]}" libcmocka-dev python3-venv valgrind
+install_packages "${packages[@]}" g++ libcmocka-dev python3-venv valgrind
 layout=0
 if [ "$folder" = build-test ]; then check_format || layout=1; fi
 build "$folder" "${options[@]}"

@@ -1,0 +1,107 @@
+/* cuda_allreduce.c: on several ranks (ranks.bash): sums and extremes of device memory over the ranks are those of host memory, bit for bit; so is
+ * the tree of device.h where MPI carries its exchanges. In the whole world and in teams. */
+#include "cuda_pair.h"
+#include "device.h"
+
+static struct world world;
+
+/* Of every rank other numbers, of sizes from 1e-6 to 1e6, so that the order of sums shows. */
+static float *values_of_rank(struct memory *m, int64_t count) {
+  uint64_t state = 100 + (uint64_t)world.rank;
+  float *values = random_floats(m, &state, count);
+  for (int64_t i = 0; i < count; i++) values[i] *= (float)pow(10, (double)((i * 7 + world.rank * 5) % 13) - 6);
+  return values;
+}
+
+static float *copied(struct memory *m, const float *values, int64_t count) {
+  return memcpy(host_floats(m, count), values, (size_t)count * sizeof *values);
+}
+
+static void check(struct world *of, struct kernels *k) {
+  const int64_t counts[] = {1, 1000, 100003};
+  for (int i = 0; i < 3; i++) {
+    struct memory m = {.k = k};
+    int64_t n = counts[i];
+    size_t bytes = (size_t)n * sizeof(float);
+    struct world plain = *of;
+    plain.device = NULL;
+    float *values = values_of_rank(&m, n), *sum = copied(&m, values, n), *largest = copied(&m, values, n), *scratch = host_floats(&m, n);
+    world_allreduce(&plain, sum, (size_t)n, scratch);
+    world_largest(&plain, largest, (size_t)n);
+    for (int run = 0; run < 2; run++) {
+      float *dev = device_floats(&m, values, n), *dev_largest = device_floats(&m, values, n), *room = poisoned_floats(&m, n);
+      world_allreduce(of, dev, (size_t)n, room);
+      world_largest(of, dev_largest, (size_t)n);
+      assert_memory_equal(fetched_floats(&m, dev, n), sum, bytes);
+      assert_memory_equal(fetched_floats(&m, dev_largest, n), largest, bytes);
+      float *host_values = copied(&m, values, n); /* which the device does not own */
+      world_allreduce(of, host_values, (size_t)n, scratch);
+      assert_memory_equal(host_values, sum, bytes);
+    }
+    memory_free(&m);
+  }
+}
+
+static void sums_of_device_memory(void **context) {
+  (void)context;
+  struct error error = {0};
+  struct kernels *k = CUDA_OPEN(world.local_rank, &error);
+  if (world_agree(&world, &error) || !k) fail_msg("%s", error.message);
+  device_open(&world, k, &error);
+  if (world_agree(&world, &error)) fail_msg("%s", error.message);
+  check(&world, k);
+  device_close(&world);
+  if (world.size % 2 == 0 && world.size > 2) {
+    struct world team;
+    world_join_team(&world, 2, &team);
+    device_open(&team, k, &error);
+    if (world_agree(&world, &error)) fail_msg("%s", error.message);
+    check(&team, k);
+    device_close(&team);
+    world_leave_team(&team);
+  }
+  k->close(k);
+}
+
+static void exchange_by_mpi(void *context, const float *mine, float *theirs, size_t count, int partner) {
+  struct world *of = context;
+  int status = MPI_SUCCESS;
+  if (mine && theirs)
+    status = MPI_Sendrecv(mine, (int)count, MPI_FLOAT, partner, 9, theirs, (int)count, MPI_FLOAT, partner, 9, of->communicator,
+                          MPI_STATUS_IGNORE);
+  else if (mine)
+    status = MPI_Send(mine, (int)count, MPI_FLOAT, partner, 9, of->communicator);
+  else
+    status = MPI_Recv(theirs, (int)count, MPI_FLOAT, partner, 9, of->communicator, MPI_STATUS_IGNORE);
+  assert_int_equal(status, MPI_SUCCESS);
+}
+
+static void add_on_host(void *context, float *values, const float *other, size_t count) {
+  (void)context;
+  for (size_t i = 0; i < count; i++) values[i] += other[i];
+}
+
+static void the_tree_is_that_of_host_memory(void **context) {
+  (void)context;
+  enum { N = 1000 };
+  struct memory m = {0};
+  struct device_link link = {&world, exchange_by_mpi, add_on_host};
+  float *values = values_of_rank(&m, N), *sum = copied(&m, values, N), *scratch = host_floats(&m, N);
+  world_allreduce(&world, sum, N, scratch);
+  device_tree_sum(&link, world.rank, world.size, values, N, scratch);
+  assert_memory_equal(values, sum, N * sizeof *sum);
+  memory_free(&m);
+}
+
+int main(int argc, char **argv) {
+  const struct CMUnitTest tests[] = {cmocka_unit_test(the_tree_is_that_of_host_memory), cmocka_unit_test(sums_of_device_memory)};
+  struct error error = {0};
+  if (world_init(&world, &argc, &argv, &error)) return 1;
+  struct kernels *k = CUDA_OPEN(world.local_rank, &error);
+  bool skipped = world_agree(&world, &error) != 0;
+  if (k) k->close(k);
+  if (skipped && world.rank == 0) printf("skipped: %s\n", error.message);
+  int failed = skipped ? 0 : cmocka_run_group_tests(tests, NULL, NULL);
+  world_finalize(&world);
+  return skipped ? 77 : failed;
+}

@@ -1,0 +1,62 @@
+#!/bin/bash
+# cuda_runs.sh OMNIQUANT TEST_HELPER: whole runs on a GPU, or emulated by a program of that name: two ranks store what one does, bit for bit, and
+# the store is worth about what the CPU's is. Both ranks share one device; to NCCL each is a node of its own, or it would refuse.
+# shellcheck disable=SC2317 # functions are called through check
+# shellcheck source=tests/common.bash
+. "$(dirname "$0")/common.bash"
+
+"$helper" tokens "$work/tokens.h5" 1000 96 1 || exit 1
+
+# run RANKS ARGUMENT...: the program on that many ranks, one thread each.
+run() {
+  local ranks=$1
+  shift
+  # shellcheck disable=SC2016 # the ranks expand it
+  timeout 120 mpirun --bind-to none --oversubscribe -np "$ranks" bash -c 'NCCL_HOSTID=omniquant$OMPI_COMM_WORLD_RANK exec "$0" "$@"' \
+    "$program" "$@" --threads 1 </dev/null
+}
+
+# calibrate NAME MODEL RANKS BACKEND FLAG...: a store in $work/NAME; its output in $work/NAME.log.
+calibrate() {
+  local name=$1 model=$2 ranks=$3 backend=$4
+  shift 4
+  run "$ranks" calibrate --backend "$backend" --model "$fixtures/$model" --tokens "$work/tokens.h5" --output "$work/$name" --seqlen 32 \
+    --batch 4 --samples 8 --epochs 3 "$@" >"$work/$name.log" 2>&1 || {
+    cat "$work/$name.log"
+    return 1
+  }
+}
+
+# perplexity NAME MODEL BACKEND: of a store.
+perplexity() {
+  run 1 eval --backend "$3" --model "$fixtures/$2" --quantized "$work/$1" --tokens "$work/tokens.h5" --seqlen 32 --json 2>/dev/null |
+    grep -o '"perplexity": [0-9.]*' | cut -d ' ' -f 2
+}
+
+# compare_worth NAME MODEL: the GPU's store on the GPU against the CPU's on the CPU.
+compare_worth() {
+  local gpu cpu
+  gpu=$(perplexity "$1 1" "$2" cuda) cpu=$(perplexity "$1 cpu" "$2" cpu)
+  echo "$gpu on the GPU, $cpu on the CPU"
+  near "$gpu" "$cpu" 0.02
+}
+
+# same_for_all_ranks NAME MODEL FLAG...
+same_for_all_ranks() {
+  check "$1: one rank finishes" calibrate "$1 1" "$2" 1 cuda "${@:3}"
+  check "$1: two ranks finish" calibrate "$1 2" "$2" 2 cuda "${@:3}"
+  check "$1: the CPU finishes" calibrate "$1 cpu" "$2" 1 cpu "${@:3}"
+  check "$1: 1 and 2 ranks store the same" "$helper" compare "$work/$1 1" "$work/$1 2"
+  check "$1: perplexity within 2 % of the CPU's" compare_worth "$1" "$2"
+}
+
+if sanitized; then skip "too slow with sanitizers; the kernels' and the block's tests run with them"; fi
+calibrate probe llama_mha 1 cuda --epochs 0 >/dev/null
+if grep -q 'not built in\|no device' "$work/probe.log"; then skip "$(grep -m 1 'not built in\|no device' "$work/probe.log")"; fi
+
+same_for_all_ranks "clipping" llama_gqa_tied --wbits 4 --group-size 32
+same_for_all_ranks "experts" mixtral --wbits 4 --group-size 32
+[ "$(basename "$program")" = omniquant_emulated ] && finish # which is slow
+same_for_all_ranks "search and sign" llama_mha --wbits 4 --group-size 32 --lwc-init search --optimizer sign --sign-span 0.1
+same_for_all_ranks "transformation" llama_mha --wbits 4 --group-size 0 --let --abits 8
+finish
