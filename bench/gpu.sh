@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything that is to be known of the CUDA backend on one GPU: its tests, whole runs, two ranks on the one card, compute-sanitizer, and the
+# benchmarks with PyTorch beside them. Each result is written as soon as it is there, so that a call that is cut off keeps what it had; what fails
+# or is skipped is named at the end, and the rest goes on.
+# shellcheck disable=SC2317 # parts are called by their names
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+
+usage() {
+  cat <<'END'
+Usage: bench/gpu.sh ARCHIVE [PART...]
+Unpacks what bench/gpu_pack.sh packed and runs the parts (all of them: tests bench torch large sanitizer).
+Results go to $OUT (results-gpu): a file a step, and summary.txt.
+END
+}
+
+case ${1:-} in
+--help) usage && exit 0 ;;
+'' | -*) usage >&2 && exit 2 ;;
+esac
+archive=$1
+shift
+parts=${*:-tests bench torch large sanitizer}
+out=${OUT:-results-gpu}
+mkdir -p "$out" || exit
+bundle=$(mktemp -d)
+trap 'rm -rf "$bundle"' EXIT
+tar -C "$bundle" -xJf "$archive" || exit
+# shellcheck disable=SC1091 # of the archive
+. "$bundle/env.sh"
+# What no program of ours would find by itself: where the fixtures are, and that the card is used by the first rank of each node.
+export OMNIQUANT_FIXTURES=$PWD/tests/fixtures
+
+# step NAME SECONDS COMMAND...: its output in $out/NAME.txt, one line of it in the summary. Status 77: skipped.
+step() {
+  local name=$1 limit=$2 begin=$SECONDS status=0 word='done'
+  shift 2
+  timeout -k 10 "$limit" "$@" >"$out/$name.txt" 2>"$out/$name.err" </dev/null || status=$?
+  [ "$status" = 0 ] || word="FAILED ($status)"
+  [ "$status" = 77 ] && word=skipped
+  [ "$status" = 124 ] && word="CUT OFF after $limit s"
+  [ -s "$out/$name.err" ] || rm -f "$out/$name.err"
+  printf '%-28s %-14s %4d s  %s\n' "$name" "$word" $((SECONDS - begin)) "$(brief "$out/$name.txt" "$out/$name.err")" | tee -a "$out/summary.txt"
+}
+
+# brief FILE...: what of a result fits on a line.
+brief() {
+  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|mode)": [^,]*' "$1" | paste -sd' ' | grep . ||
+    cat "$@" 2>/dev/null | grep -v '^$' | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120
+}
+
+tests() {
+  step device 60 nvidia-smi
+  step kernels 120 "$bundle/bin/test_cuda_kernels"
+  step block 180 "$bundle/bin/test_cuda_block"
+  step ranks-2-on-one-card 120 bash tests/ranks.bash 2 "$bundle/bin/test_cuda_allreduce"
+  step whole-runs 300 bash tests/cuda_runs.sh "$bundle/bin/omniquant" "$bundle/bin/test_helper"
+}
+
+gpu_step() { step "$1" "$2" "$bundle/bin/gpu_step" --config "bench/shapes/$3.json" "${@:4}"; }
+
+bench() {
+  gpu_step step-7b-batch-1 90 llama-2-7b
+  gpu_step step-7b-batch-8 120 llama-2-7b --batch 8 --steps 10
+  gpu_step step-7b-let-w4a4 90 llama-2-7b --let --bits 4 --group 0 --abits 4
+  gpu_step step-135m 60 smollm2-135m --tokens 512 --group 64 --steps 50
+}
+
+torch() {
+  step torch-7b-batch-1 240 python3 bench/torch_gpu_step.py
+  step torch-7b-batch-8 240 python3 bench/torch_gpu_step.py --batch 8 --steps 10
+}
+
+large() {
+  gpu_step step-70b 150 llama-2-70b --steps 10
+  gpu_step step-180b 240 falcon-180b --group 512 --steps 10
+}
+
+sanitizer() {
+  local tool
+  command -v compute-sanitizer >/dev/null || {
+    echo "sanitizer: compute-sanitizer is not here" | tee -a "$out/summary.txt"
+    return
+  }
+  for tool in memcheck racecheck synccheck initcheck; do
+    step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bundle/bin/test_cuda_kernels"
+  done
+}
+
+for part in $parts; do
+  case $part in
+  tests | bench | torch | large | sanitizer) "$part" ;;
+  *) usage >&2 && exit 2 ;;
+  esac
+done
+grep -q 'FAILED\|CUT OFF' "$out/summary.txt" && exit 1
+exit 0
