@@ -27,7 +27,7 @@ check_format() {
 run_tests() {
   local log summary
   log=$(mktemp)
-  ctest --test-dir "$1" --output-on-failure --no-tests=error --timeout 300 </dev/null 2>&1 | tee "$log" || true
+  ctest --test-dir "$1" --output-on-failure --no-tests=error --timeout 300 -j "$(nproc)" </dev/null 2>&1 | tee "$log" || true
   summary=$(sed -n 's/^[0-9]*% tests passed, \([0-9]*\) tests\{0,1\} failed out of \([0-9]*\)$/\1 \2/p' "$log")
   skipped=$(grep -c '[*][*][*]Skipped' "$log" || true)
   rm -f "$log"

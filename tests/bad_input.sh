@@ -227,7 +227,7 @@ eval_ends "store: of another model" "$store" "2 blocks" "the model it was made f
 
 echo "# a rank that gets no memory: all end, with its message and status 1"
 cat >"$work/limited" <<'END'
-[ "$OMPI_COMM_WORLD_RANK" != 1 ] || ulimit -v 400000
+[ "$OMPI_COMM_WORLD_RANK" != 1 ] || ulimit -d 400000
 exec "$@"
 END
 "$helper" tokens "$work/many.h5" 4000000 96 1 || exit 1
