@@ -52,7 +52,7 @@ download_package() (
 make_tokens() {
   local file=work/$1.h5
   shift
-  fresh_enough "$file" work/handbook.txt work/smollm2/tokenizer.json ||
+  fresh_enough "$file" work/handbook.txt work/smollm2/tokenizer.json tools/tokenize.py ||
     .venv/bin/python tools/tokenize.py --model work/smollm2 --output "$file" "$@" work/handbook.txt
 }
 
