@@ -10,6 +10,7 @@ sys.path.pop(0)  # this folder: its tokenize.py must not stand in for the standa
 
 import argparse
 import os
+import secrets
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -99,12 +100,13 @@ def main():
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="pages in one language: the folder with index.html")
     arguments = parser.parse_args()
     output = arguments.output
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.part")
     try:
         paragraphs = read_pages(arguments.folder)
         if not paragraphs:
             raise Failure(f"{arguments.folder / 'index.html'}: no text found; name the folder with the handbook's pages")
         try:
+            temporary.touch(exist_ok=False)
             temporary.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
             os.replace(temporary, output)
         finally:

@@ -10,6 +10,7 @@ import argparse
 import html
 import json
 import os
+import secrets
 from pathlib import Path
 
 try:
@@ -231,10 +232,11 @@ def main():
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="page to write, over an old one")
     arguments = parser.parse_args()
     output = arguments.output
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.part")
     try:
         text = page(read_store(arguments.store), arguments.store.resolve().name)
         try:
+            temporary.touch(exist_ok=False)
             temporary.write_text(text, encoding="utf-8")
             os.replace(temporary, output)
         finally:

@@ -12,6 +12,7 @@ sys.path.pop(0)  # this folder: its tokenize.py must not stand in for the standa
 import argparse
 import hashlib
 import os
+import secrets
 from fractions import Fraction
 from pathlib import Path
 
@@ -127,9 +128,9 @@ def fixed(value):
 def write(path, ids, attributes):
     """Writes the token file, in the layout of HDF5 1.10 with checksums, which is all that omniquant reads; it appears under its name only
     when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        temporary.touch()  # its message is plainer than HDF5's
+        temporary.touch(exist_ok=False)  # its message is plainer than HDF5's
         with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
             tokens = file.create_dataset("tokens", data=ids, dtype="<u4", chunks=(min(CHUNK, len(ids)),), fletcher32=True)
             for name, value in attributes.items():
