@@ -254,19 +254,13 @@ void folder_unlock(struct folder_lock *lock) {
 
 int64_t folder_free_bytes(const char *folder) {
   struct statvfs status;
-  char *path = strdup(folder);
   int64_t bytes = -1;
-  while (path && bytes < 0) {
-    char *slash = strrchr(path, '/');
-    if (statvfs(*path ? path : "/", &status) == 0)
-      bytes = (int64_t)status.f_bavail * (int64_t)status.f_frsize;
-    else if (slash)
-      *slash = 0; /* not made yet: the folder that it will be made in */
-    else if (statvfs(".", &status) == 0)
-      bytes = (int64_t)status.f_bavail * (int64_t)status.f_frsize;
-    else
-      break;
+  char *path = strdup(folder), *slash = path;
+  while (path && slash && statvfs(*path ? path : "/", &status) != 0) { /* not made yet: the folder that it will be made in */
+    slash = strrchr(path, '/');
+    if (slash) *slash = 0;
   }
+  if (path && (slash || statvfs(".", &status) == 0)) bytes = (int64_t)status.f_bavail * (int64_t)status.f_frsize;
   free(path);
   return bytes;
 }

@@ -233,7 +233,7 @@ static json_t *object_read(const struct input_file *file, size_t offset, size_t 
 
 /* Opens one file and adds its tensors. The checkpoint owns `path` whatever comes of it. */
 static int shard_add(struct safetensors *checkpoint, char *path, bool *missing, struct error *error) {
-  struct shard **grown = path ? realloc(checkpoint->shards, (checkpoint->shard_count + 1) * sizeof *grown) : NULL;
+  struct shard **grown = path ? realloc(checkpoint->shards, (checkpoint->shard_count + 1) * sizeof(struct shard *)) : NULL;
   struct shard *shard = grown ? calloc(1, sizeof *shard) : NULL;
   size_t length = 0;
   if (grown) checkpoint->shards = grown;

@@ -118,11 +118,10 @@ static int share_findings(struct run *run, struct error *error) {
   world_broadcast(run->world, &length, sizeof length);
   char *config = calloc(length + 1, 1);
   if (!config) error_set(error, ERROR_WORK, "rank %d: out of memory for the model's config.json", run->world->rank);
-  if (world_agree(run->world, error)) {
+  if (world_agree(run->world, error) || !config) {
     free(config);
     return error->code;
   }
-  /* NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): world_agree has seen that the memory is there */
   if (run->world->rank == 0) memcpy(config, info.model_config, length);
   world_broadcast(run->world, config, length);
   if (run->world->rank > 0) describe_jobs(run, config, &info, error);

@@ -31,12 +31,10 @@ static char *read_text(const char *path, struct error *error) {
       error_set(error, ERROR_INPUT, "%s: No such file or directory; --model needs a folder with config.json and safetensors", path);
     return NULL;
   }
-  if (file.bytes > LARGEST)
-    error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
-  else if (!(text = calloc(file.bytes + 1, 1)))
-    error_set(error, ERROR_WORK, "out of memory reading %s", path);
-  else if (!input_read(&file, 0, file.bytes, text, error) && memchr(text, 0, file.bytes))
-    error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
+  bool fits = file.bytes <= LARGEST;
+  if (fits && !(text = calloc(file.bytes + 1, 1))) error_set(error, ERROR_WORK, "out of memory reading %s", path);
+  if (text) input_read(&file, 0, file.bytes, text, error);
+  if (!fits || (text && !error->code && memchr(text, 0, file.bytes))) error_set(error, ERROR_INPUT, "%s: not a JSON text", path);
   input_close(&file);
   if (!error->code) return text;
   free(text);

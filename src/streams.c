@@ -77,7 +77,7 @@ static void writing_free(struct streams_writing *w) {
 
 static int add_tensor(json_t *header, const char *name, const char *dtype, int64_t rows, int64_t columns, size_t *offset, size_t bytes) {
   json_t *entry = json_pack("{s:s, s:[I, I], s:[I, I]}", "dtype", dtype, "shape", (json_int_t)rows, (json_int_t)columns, "data_offsets",
-                            (json_int_t)*offset, (json_int_t)(*offset + bytes));
+                            (json_int_t)*offset, (json_int_t)*offset + (json_int_t)bytes);
   *offset += bytes;
   return json_object_set_new(header, name, entry);
 }
