@@ -1,13 +1,13 @@
 /* tokens.c: reading token ids out of an HDF5 file, in pieces, whatever integer type they are stored as. */
 #include "tokens.h"
 
-#include <openssl/evp.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "hdf5_util.h"
+#include "sha256.h"
 
 enum { PIECE = 1 << 16 }; /* ids read at once */
 
@@ -130,39 +130,28 @@ int tokens_read(struct tokens *tokens, int64_t first, int64_t count, int64_t voc
   return failed;
 }
 
-/* Feeds all ids to the digest. */
-static int digest_update(struct tokens *tokens, EVP_MD_CTX *digest, struct error *error) {
-  int failed = 0;
+/* Feeds all ids to the hash. */
+static int hash_update(struct tokens *tokens, struct sha256 *hash, struct error *error) {
   int64_t *ids = calloc(PIECE, sizeof *ids);
   unsigned char *bytes = malloc(PIECE * 4);
-  if (!ids || !bytes) failed = error_set(error, ERROR_WORK, "%s: out of memory", tokens->path);
-  for (int64_t first = 0; first < tokens->count && !failed; first += PIECE) {
+  if (!ids || !bytes) error_set(error, ERROR_WORK, "%s: out of memory", tokens->path);
+  for (int64_t first = 0; first < tokens->count && !error->code; first += PIECE) {
     int64_t length = tokens->count - first < PIECE ? tokens->count - first : PIECE;
-    failed = piece_read(tokens, first, length, (int64_t)1 << 32, ids, error);
-    for (int64_t i = 0; i < length * 4 && !failed; i++) bytes[i] = (unsigned char)(ids[i / 4] >> (8 * (i % 4)));
-    if (!failed && EVP_DigestUpdate(digest, bytes, (size_t)length * 4) != 1) {
-      failed = error_set(error, ERROR_WORK, "%s: OpenSSL cannot compute SHA-256", tokens->path);
-    }
+    if (piece_read(tokens, first, length, (int64_t)1 << 32, ids, error)) break;
+    for (int64_t i = 0; i < length * 4; i++) bytes[i] = (unsigned char)(ids[i / 4] >> (8 * (i % 4)));
+    sha256_update(hash, bytes, (size_t)length * 4, error);
   }
   free(bytes);
   free(ids);
-  return failed;
+  return error->code;
 }
 
 int tokens_sha256(struct tokens *tokens, char hex[65], struct error *error) {
-  unsigned char hash[EVP_MAX_MD_SIZE];
-  EVP_MD_CTX *digest = EVP_MD_CTX_new();
-  int failed = 0;
-  if (!digest || EVP_DigestInit_ex(digest, EVP_sha256(), NULL) != 1) {
-    failed = error_set(error, ERROR_WORK, "%s: OpenSSL cannot compute SHA-256", tokens->path);
-  }
-  if (!failed) failed = digest_update(tokens, digest, error);
-  if (!failed && EVP_DigestFinal_ex(digest, hash, NULL) != 1) {
-    failed = error_set(error, ERROR_WORK, "%s: OpenSSL cannot compute SHA-256", tokens->path);
-  }
-  for (int i = 0; i < 32 && !failed; i++) snprintf(hex + 2 * i, 3, "%02x", hash[i]);
-  EVP_MD_CTX_free(digest);
-  return failed;
+  uint8_t digest[SHA256_BYTES];
+  struct sha256 *hash = sha256_open(tokens->path, error);
+  if (hash) hash_update(tokens, hash, error);
+  if (!sha256_close(hash, digest, error)) sha256_text(digest, hex);
+  return error->code;
 }
 
 void tokens_close(struct tokens *tokens) {
