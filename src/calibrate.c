@@ -433,7 +433,9 @@ static int blocks_left(const struct run *run) {
 static int calibrate_blocks(struct run *run, struct error *error) {
   form_teams(run);
   if (run->world->rank == 0) run->progress = progress_open("calibrate", blocks_left(run));
-  if (!resume_schedule(run, error)) open_work(run, error);
+  resume_schedule(run, error);
+  if (world_agree(run->world, error)) return error->code; /* opening the stream is collective */
+  open_work(run, error);
   if (world_agree(run->world, error)) return error->code;
   device_open(&run->team, run->k, error);
   if (world_agree(run->world, error)) return error->code;
