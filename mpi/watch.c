@@ -301,13 +301,13 @@ static bool peer_connect(struct watch *watch, in_addr_t to) {
   socklen_t length = sizeof failed;
   memcpy(hello.key, point->key, sizeof hello.key);
   gethostname(hello.host, sizeof hello.host - 1);
-  int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  int fd = peers_grow(watch) ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0) : -1;
   if (fd < 0) return false;
   bool joined = (connect(fd, (struct sockaddr *)&address, sizeof address) == 0 || errno == EINPROGRESS) && wait_for(fd, POLLOUT) &&
                 getsockopt(fd, SOL_SOCKET, SO_ERROR, &failed, &length) == 0 && !failed &&
                 send(fd, &hello, sizeof hello, MSG_NOSIGNAL) == (ssize_t)sizeof hello && wait_for(fd, POLLIN) &&
                 recv(fd, answer, sizeof answer, MSG_WAITALL) == (ssize_t)sizeof answer && memcmp(answer, point->answer, sizeof answer) == 0;
-  if (!joined || !peers_grow(watch)) {
+  if (!joined) {
     close(fd);
     return false;
   }
