@@ -134,9 +134,8 @@ int stream_open(struct world *world, const struct stream_source *source, struct 
   struct stream *s = *stream = calloc(1, sizeof *s);
   MPI_Comm communicator;
   if (MPI_Comm_dup(world->communicator, &communicator) != MPI_SUCCESS) {
-    free(s);
-    *stream = NULL;
-    return error_set(error, ERROR_WORK, "MPI could not make a communicator for the block stream");
+    error_set(error, ERROR_WORK, "rank %d: MPI could not make a communicator for the block stream", world->rank);
+    world_abort(world, error); /* the others wait in it */
   }
   if (s) s->buffer = aligned_alloc(64, (largest + 63) / 64 * 64);
   if (!s || !s->buffer) {

@@ -335,6 +335,13 @@ static bool meet(struct watch *watch) {
   return joined && thread_start(watch);
 }
 
+/* The others wait in a collective that failed here. */
+static void give_up(MPI_Comm communicator, int rank) {
+  fprintf(stderr, "omniquant: rank %d: MPI failed before the ranks could watch each other\n", rank);
+  fflush(stderr);
+  MPI_Abort(communicator, ERROR_WORK);
+}
+
 int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch, struct error *error) {
   struct watch *w = *watch = calloc(1, sizeof *w);
   struct meeting_point nowhere = {0}, *point = w ? &w->point : &nowhere;
@@ -342,10 +349,10 @@ int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct
   bool able = w && pipe2(w->wake, O_CLOEXEC | O_NONBLOCK) == 0;
   if (able && rank == 0) meeting_open(w, size);
   int mine, all = 0;
-  if (MPI_Bcast(point, sizeof *point, MPI_BYTE, 0, communicator) != MPI_SUCCESS) able = false;
+  if (MPI_Bcast(point, sizeof *point, MPI_BYTE, 0, communicator) != MPI_SUCCESS) give_up(communicator, rank);
   mine = able && meet(w);
-  if (MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, communicator) != MPI_SUCCESS)
-    return error_set(error, ERROR_WORK, "rank %d: MPI could not agree on the watch over the ranks", rank);
+  if (MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, communicator) != MPI_SUCCESS) give_up(communicator, rank);
+  (void)error;
   if (all) return 0;
   if (rank == 0)
     fprintf(stderr, "not all ranks can reach rank 0 on %s over TCP: if a rank dies, only the launcher can notice\n", point->host);
