@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/types.h>
 
-const char *const fault_names[FAULTS] = {"read", "hiccup", "write", "fsync", "rename", "open", "malloc", "collective"};
+const char *const fault_names[FAULTS] = {"read", "hiccup", "write", "fsync", "rename", "open", "malloc", "collective", "poll"};
 
 static atomic_int armed = -1;
 static atomic_long calls, due;
@@ -97,8 +97,9 @@ WRAP_MPI(MPI_Allreduce, (const void *from, void *to, int count, MPI_Datatype typ
 WRAP_MPI(MPI_Bcast, (void *buffer, int count, MPI_Datatype type, int root, MPI_Comm comm), (buffer, count, type, root, comm))
 WRAP_MPI(MPI_Ibcast, (void *buffer, int count, MPI_Datatype type, int root, MPI_Comm comm, MPI_Request *request),
          (buffer, count, type, root, comm, request))
-WRAP_MPI(MPI_Test, (MPI_Request * request, int *flag, MPI_Status *status), (request, flag, status))
-WRAP_MPI(MPI_Testall, (int count, MPI_Request requests[], int *flag, MPI_Status statuses[]), (count, requests, flag, statuses))
+WRAP(FAULT_POLL, 0, MPI_ERR_OTHER, int, MPI_Test, (MPI_Request * request, int *flag, MPI_Status *status), (request, flag, status))
+WRAP(FAULT_POLL, 0, MPI_ERR_OTHER, int, MPI_Testall, (int count, MPI_Request requests[], int *flag, MPI_Status statuses[]),
+     (count, requests, flag, statuses))
 WRAP_MPI(MPI_Send, (const void *from, int count, MPI_Datatype type, int to, int tag, MPI_Comm comm), (from, count, type, to, tag, comm))
 WRAP_MPI(MPI_Recv, (void *to, int count, MPI_Datatype type, int from, int tag, MPI_Comm comm, MPI_Status *status),
          (to, count, type, from, tag, comm, status))

@@ -1,10 +1,21 @@
-/* faults.h: makes one call fail: the n-th read (for good, or as a hiccup: once), write, fsync, rename, open, allocation or MPI call of this
+/* faults.h: makes one call fail: the n-th read (for good, or as a hiccup: once), write, fsync, rename, open, allocation, MPI call or poll of MPI of this
  * program's own code. The calls are
  * taken over by the linker (--wrap, tests/CMakeLists.txt), so the program itself knows nothing of it. */
 #ifndef OMNIQUANT_FAULTS_H
 #define OMNIQUANT_FAULTS_H
 
-enum fault { FAULT_READ, FAULT_HICCUP, FAULT_WRITE, FAULT_FSYNC, FAULT_RENAME, FAULT_OPEN, FAULT_MALLOC, FAULT_COLLECTIVE, FAULTS };
+enum fault {
+  FAULT_READ,
+  FAULT_HICCUP,
+  FAULT_WRITE,
+  FAULT_FSYNC,
+  FAULT_RENAME,
+  FAULT_OPEN,
+  FAULT_MALLOC,
+  FAULT_COLLECTIVE,
+  FAULT_POLL,
+  FAULTS
+};
 
 /* "read", "write", ... */
 extern const char *const fault_names[FAULTS];
