@@ -342,7 +342,7 @@ static void give_up(MPI_Comm communicator, int rank) {
   MPI_Abort(communicator, ERROR_WORK);
 }
 
-int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch, struct error *error) {
+void watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch) {
   struct watch *w = *watch = calloc(1, sizeof *w);
   struct meeting_point nowhere = {0}, *point = w ? &w->point : &nowhere;
   if (w) *w = (struct watch){.rank = rank, .local_rank = local_rank, .listener = -1, .wake = {-1, -1}, .last_word = GOES_ON};
@@ -352,13 +352,11 @@ int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct
   if (MPI_Bcast(point, sizeof *point, MPI_BYTE, 0, communicator) != MPI_SUCCESS) give_up(communicator, rank);
   mine = able && meet(w);
   if (MPI_Allreduce(&mine, &all, 1, MPI_INT, MPI_MIN, communicator) != MPI_SUCCESS) give_up(communicator, rank);
-  (void)error;
-  if (all) return 0;
+  if (all) return;
   if (rank == 0)
     fprintf(stderr, "not all ranks can reach rank 0 on %s over TCP: if a rank dies, only the launcher can notice\n", point->host);
   watch_close(w);
   *watch = NULL;
-  return 0;
 }
 
 /* Ends the thread with a last word: 0 or a status. It looks for it every few seconds, or at once when woken. */

@@ -10,9 +10,9 @@
 
 struct watch;
 
-/* Connects this rank, and begins to watch. Collective. Where ranks cannot reach rank 0, nothing is watched (*watch is NULL, told once on
- * standard error): the launcher may still notice a dead rank. Errors: ERROR_WORK, this rank's own: agree on them. */
-int watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch, struct error *error);
+/* Connects this rank, and begins to watch. Collective. Where ranks cannot reach rank 0, or one has no memory for it, nothing is watched (*watch is
+ * NULL, told once on standard error): the launcher may still notice a dead rank. When MPI itself fails, all ranks are ended. */
+void watch_open(MPI_Comm communicator, int rank, int size, int local_rank, struct watch **watch);
 
 /* Ends the watch in peace; NULL is allowed. */
 void watch_close(struct watch *watch);

@@ -57,9 +57,8 @@ void world_leave_team(struct world *team) {
   if (team->communicator != MPI_COMM_NULL && team->communicator != MPI_COMM_WORLD) MPI_Comm_free(&team->communicator);
 }
 
-int world_watch(struct world *world, struct error *error) {
-  if (world->size > 1) watch_open(world->communicator, world->rank, world->size, world->local_rank, &world->watch, error);
-  return world_agree(world, error);
+void world_watch(struct world *world) {
+  if (world->size > 1) watch_open(world->communicator, world->rank, world->size, world->local_rank, &world->watch);
 }
 
 void world_catch_signals(struct world *world) {

@@ -28,8 +28,8 @@ int world_init(struct world *world, int *argc, char ***argv, struct error *error
 int world_join_team(struct world *world, int teams, struct world *team);
 void world_leave_team(struct world *team);
 
-/* From now on a rank that dies ends all others with a message. Collective. Errors are agreed. */
-int world_watch(struct world *world, struct error *error);
+/* From now on a rank that dies ends all others with a message. Collective. */
+void world_watch(struct world *world);
 
 /* From now on SIGTERM, SIGINT or SIGUSR1 to any rank lets the run stop at the next world_agree; a second one ends the process at once. */
 void world_catch_signals(struct world *world);

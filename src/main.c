@@ -73,7 +73,7 @@ static int run_collective(const struct command *command, const struct arguments 
   struct world world = {0};
   struct error start = {0};
   if (world_init(&world, argc, argv, &start)) return report(launcher_rank(), error->code != 0 ? error : &start);
-  if (world_agree(&world, error) == 0) world_watch(&world, error); /* one rank alone may have had no memory for its command line */
+  if (world_agree(&world, error) == 0) world_watch(&world); /* one rank alone may have had no memory for its command line */
   /* NOLINTNEXTLINE(clang-analyzer-core.NullDereference): without an error there is a command */
   if (error->code == 0) command->run(&world, arguments, error);
   int code = report(world.rank, error);
