@@ -122,21 +122,9 @@ struct fill_each {
   }
 };
 
-struct add_each {
-  float *to;
-  const float *from;
-  template <int N> DEVICE void at(int64_t i) const {
-    float a[N], b[N];
-    load<N>(a, to + i);
-    load<N>(b, from + i);
-    for (int n = 0; n < N; n++) a[n] += b[n];
-    store<N>(to + i, a);
-  }
-};
-
-struct accumulate_each {
-  bf16 *to;
-  const bf16 *from;
+template <typename T> struct add_each {
+  T *to;
+  const T *from;
   template <int N> DEVICE void at(int64_t i) const {
     float a[N], b[N];
     load<N>(a, to + i);
@@ -159,12 +147,12 @@ static void fill(struct kernels *k, float *to, float value, int64_t count) {
 
 static void add(struct kernels *k, float *to, const float *from, int64_t count) {
   timed timer(k, "add", 12.0 * (double)count);
-  each(k, add_each{to, from}, count, aligned(to, from));
+  each(k, add_each<float>{to, from}, count, aligned(to, from));
 }
 
 static void accumulate(struct kernels *k, data *to, const data *from, int64_t count) {
   timed timer(k, "accumulate", 6.0 * (double)count);
-  each(k, accumulate_each{elements(to), elements(from)}, count, aligned(to, from));
+  each(k, add_each<bf16>{elements(to), elements(from)}, count, aligned(to, from));
 }
 
 static void clamp(struct kernels *k, float *x, float low, float high, int64_t count) {
