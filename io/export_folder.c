@@ -11,18 +11,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-static char *join(const char *folder, const char *name, struct error *error) {
-  char *path = NULL;
-  if (asprintf(&path, "%s/%s", folder, name) >= 0) return path;
-  error_set(error, ERROR_WORK, "%s: out of memory", folder);
-  return NULL;
-}
+#include "file.h"
 
 /* ---- files ---- */
 
 int export_file_open(struct export_file *file, const struct export_folder *folder, const char *name, struct error *error) {
   file->fd = -1;
-  file->path = join(folder->temporary, name, error);
+  file->path = path_join(folder->temporary, name, error);
   if (!file->path) return error->code;
   file->fd = open(file->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (file->fd >= 0) return 0;
@@ -73,23 +68,19 @@ int export_folder_write(const struct export_folder *folder, const char *name, co
 
 int export_folder_copy(const struct export_folder *folder, const char *from, const char *name, struct error *error) {
   enum { PIECE = 1 << 16 };
-  char piece[PIECE];
+  char piece[PIECE], *path = path_join(from, name, error);
   struct export_file file = {.fd = -1};
-  int64_t offset = 0;
-  ssize_t count = 0;
-  char *path = join(from, name, error);
-  if (!path) return error->code;
-  int in = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* not to hang on a pipe */
-  struct stat status;
-  if (in < 0 && errno != ENOENT) error_set(error, ERROR_INPUT, "%s: %s", path, strerror(errno));
-  if (in >= 0 && (fstat(in, &status) || !S_ISREG(status.st_mode))) error_set(error, ERROR_INPUT, "%s: is not a regular file", path);
-  if (in < 0 || error->code || export_file_open(&file, folder, name, error)) goto done;
-  while ((count = read(in, piece, sizeof piece)) > 0 && !export_file_write(&file, offset, piece, (size_t)count, error)) offset += count;
-  if (count < 0) error_set(error, ERROR_WORK, "%s: %s", path, strerror(errno));
+  struct input_file in = {.fd = -1};
+  bool missing = false;
+  if (!path || input_open(&in, path, &missing, error) || export_file_open(&file, folder, name, error)) goto done;
+  for (size_t offset = 0; offset < in.bytes && !error->code; offset += PIECE) {
+    size_t count = in.bytes - offset < PIECE ? in.bytes - offset : PIECE;
+    if (!input_read(&in, offset, count, piece, error)) export_file_write(&file, (int64_t)offset, piece, count, error);
+  }
   if (!error->code) export_file_finish(&file, error);
 done:
   export_file_close(&file);
-  if (in >= 0) close(in);
+  input_close(&in);
   free(path);
   return error->code;
 }
@@ -136,13 +127,6 @@ int export_folder_open(struct export_folder *folder, const char *path, struct er
   return error->code;
 }
 
-static int sync_folder(const char *path, struct error *error) {
-  int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0 || (fsync(fd) && errno != EINVAL)) error_set(error, ERROR_WORK, "%s: %s", path, strerror(errno));
-  if (fd >= 0) close(fd);
-  return error->code;
-}
-
 /* Not over anything, not even an empty folder; file systems that cannot do that at once are asked first. */
 static int rename_new(const char *from, const char *to) {
   struct stat status;
@@ -153,7 +137,7 @@ static int rename_new(const char *from, const char *to) {
 }
 
 int export_folder_commit(struct export_folder *folder, struct error *error) {
-  if (sync_folder(folder->temporary, error)) return error->code;
+  if (folder_sync(folder->temporary, folder->temporary, error)) return error->code;
   int failed = rename_new(folder->temporary, folder->path);
   if (failed)
     return error_set(error, failed == EEXIST ? ERROR_INPUT : ERROR_WORK, "%s: %s; nothing is left of the export", folder->path,
@@ -162,7 +146,7 @@ int export_folder_commit(struct export_folder *folder, struct error *error) {
   folder->temporary = NULL;
   char *parent = strdup(folder->path);
   if (!parent) return error_set(error, ERROR_WORK, "%s: out of memory", folder->path);
-  sync_folder(dirname(parent), error);
+  folder_sync(dirname(parent), folder->path, error);
   free(parent);
   return error->code;
 }

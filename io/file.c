@@ -125,15 +125,21 @@ int output_write(struct output_file *file, const void *bytes, size_t count, stru
   return 0;
 }
 
-/* A name is on the disk when its folder is. EINVAL: a file system that cannot sync folders. */
-static int folder_sync(const char *path, struct error *error) {
-  char *folder = strdup(path), *slash = folder ? strrchr(folder, '/') : NULL;
-  if (!folder) return error_set(error, ERROR_WORK, "%s: out of memory", path);
-  if (slash) slash[slash == folder] = 0;
-  int fd = open(slash ? folder : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+/* EINVAL: a file system that cannot sync folders. */
+int folder_sync(const char *folder, const char *path, struct error *error) {
+  int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL))
     error_set(error, ERROR_WORK, "%s: cannot be written to disk: %s", path, strerror(errno));
   if (fd >= 0) close(fd);
+  return error->code;
+}
+
+/* A name is on the disk when its folder is. */
+static int name_sync(const char *path, struct error *error) {
+  char *folder = strdup(path), *slash = folder ? strrchr(folder, '/') : NULL;
+  if (!folder) return error_set(error, ERROR_WORK, "%s: out of memory", path);
+  if (slash) slash[slash == folder] = 0;
+  folder_sync(slash ? folder : ".", path, error);
   free(folder);
   return error->code;
 }
@@ -146,7 +152,7 @@ int output_commit(struct output_file *file, struct error *error) {
   if (rename(file->temporary, file->path) != 0) return write_failed(file, "named", error);
   free(file->temporary);
   file->temporary = NULL;
-  int failed = folder_sync(file->path, error);
+  int failed = name_sync(file->path, error);
   output_abandon(file);
   return failed;
 }

@@ -54,6 +54,9 @@ void output_abandon(struct output_file *file);
 /* All of this for bytes that are in memory. */
 int file_write(const char *path, const void *bytes, size_t count, struct error *error);
 
+/* Puts the names in a folder on the disk. `path` is what the message names. Errors: ERROR_WORK. */
+int folder_sync(const char *folder, const char *path, struct error *error);
+
 /* Removes what writers that were killed left in a folder. Only for who knows that no one writes there now. */
 void folder_sweep(const char *folder);
 
