@@ -19,7 +19,7 @@ export ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
 # A launcher around this test is none of the program's business.
 unset OMPI_COMM_WORLD_RANK PMIX_RANK PMI_RANK PALS_RANKID SLURM_PROCID
 
-work=$(mktemp -d "${TMPDIR:-/tmp}/omniquant test XXXXXX")
+work=$(mktemp -d "${TMPDIR:-/tmp}/omniquant test XXXXXX") || exit 1
 trap 'rm -rf "$work"' EXIT
 failures=0
 

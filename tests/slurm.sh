@@ -7,6 +7,7 @@
 # shellcheck source=tests/slurm/cluster.bash
 . "$(dirname "$0")/slurm/cluster.bash"
 
+self=$(realpath "${BASH_SOURCE[0]}")
 ! sanitized || skip "a build with sanitizers"
 missing=$(cluster_missing)
 [ -z "$missing" ] || skip "no Slurm can be started here: $missing"
@@ -37,6 +38,7 @@ exec "$program" "\$@"
 END
 chmod +x "$work/slow"
 export MODEL=$work/model TOKENS=$work/tokens.h5 RECIPE=$work/w4.yaml BINDING=none INTERFACE=lo SLOW=0
+temporary=${TMPDIR:-/tmp}
 export TMPDIR=$folder # mpirun leaves folders there
 
 # submit NAME OPTION... -- FLAG...: a job of two tasks on two nodes, if the options do not say otherwise. Its log is $work/NAME.log, its store
@@ -58,9 +60,9 @@ stores() { [ "$(stored "$1")" -ge "$2" ]; }
 ended() { [[ $(field "$1" JobState) =~ COMPLETED|FAILED|CANCELLED|TIMEOUT|PREEMPTED|NODE_FAIL|OUT_OF_MEMORY ]]; }
 sums() { (cd "$work/$1" && sha256sum blocks/*.h5); }
 
-# within NAME SECONDS COMMAND...: waits until the command succeeds; says what the job did if it does not. All waits together end after 200 s.
+# within NAME SECONDS COMMAND...: waits until the command succeeds; says what the job did if it does not. All waits together end after 240 s.
 within() {
-  local name=$1 seconds=$(($2 < 200 - SECONDS ? $2 : 200 - SECONDS))
+  local name=$1 seconds=$(($2 < 240 - SECONDS ? $2 : 240 - SECONDS))
   shift 2
   cluster_wait "$seconds" "$@" && return
   cat "$work/$name.log"
@@ -138,12 +140,12 @@ printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.
 array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=1 sbatch --parsable --array=1-2 --nodes=1 \
   --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --threads 1)
 
-# In the middle queued again by somebody else, cancelled, one rank killed, and stopped where the job is not to come back.
-requeued=$(SLOW=2 submit requeued --)
-cancelled=$(SLOW=2 submit cancelled --)
-killed=$(SLOW=2 submit killed --)
-bounded=$(RESTARTS=0 SLOW=2 submit bounded --)
-empty=$(SLOW=10 submit empty --)
+# In the middle queued again by somebody else, cancelled, one rank killed, and stopped where the job is not to come back. Each is slow enough for
+# its turn below to come in its middle.
+requeued=$(SLOW=4 submit requeued --)
+cancelled=$(SLOW=4 submit cancelled --)
+killed=$(SLOW=4 submit killed --)
+bounded=$(RESTARTS=0 SLOW=4 submit bounded --)
 check "array_2: stores blocks" within array_2 30 stores array/w4 2
 check "array_2: is stopped" scancel --signal=USR1 --batch "${array}_2"
 check "requeued: stores blocks" within requeued 30 stores requeued 2
@@ -156,6 +158,7 @@ sums killed >"$work/killed.sums"
 check "killed: rank 1 dies" kill_rank "$killed" 1
 check "bounded: stores blocks" within bounded 30 stores bounded 2
 check "bounded: is stopped" scancel --signal=USR1 --batch "$bounded"
+empty=$(SLOW=20 submit empty --)
 check "empty: begins" within empty 30 grep ' 2 ranks x 1 threads' "$work/empty.log"
 check "empty: is stopped" scancel --signal=USR1 --batch "$empty"
 
@@ -196,4 +199,23 @@ check "spare: ended with 75" says spare 'ended with status 75'
 ends_well limited "$limited" more w4
 check "limited: ended with 75" says limited 'ended with status 75'
 echo "# $SECONDS s"
+
+# ---- what is not ours ----
+
+# Slurm 22.05 fails by itself at times: one of its daemons crashes, or its fence lets a rank out of MPI_Init before the other is ready for messages,
+# which then jumps to address 0 there: a backtrace of one frame. A trial with that in it says nothing of what is tested, and is made again.
+spoiled() {
+  cluster_alive || { echo "a daemon of Slurm's has crashed" && return; }
+  awk 'FNR == 1 { start = 0 } /Failing at address: \(nil\)/ { start = FNR }
+    /End of error message/ && start && FNR == start + 2 { found = 1 } END { exit !found }' "$work"/*.log || return
+  echo "a rank has crashed in MPI_Init"
+}
+
+trial=${SLURM_TEST_TRIAL:-1}
+if [ $failures -gt 0 ] && [ "$trial" -lt 3 ] && reason=$(spoiled); then
+  echo "# trial $trial does not count: $reason"
+  cluster_stop
+  rm -rf "$work" "$folder"
+  SLURM_TEST_TRIAL=$((trial + 1)) TMPDIR=$temporary exec bash "$self" "$program" "$helper"
+fi
 finish

@@ -81,6 +81,12 @@ cluster_wait() {
   done
 }
 
+# Whether all daemons still run.
+cluster_alive() {
+  local daemon
+  for daemon in "${cluster_daemons[@]}"; do kill -0 "$daemon" 2>/dev/null || return; done
+}
+
 cluster_idle() { [ "$(sinfo --noheader --partition=normal --states=idle --format=%D)" = 2 ]; }
 cluster_empty() { [ -z "$(squeue --noheader)" ]; }
 
