@@ -379,6 +379,10 @@ static int read_recipe(const struct arguments *arguments, const char *config, st
   return error_set(error, wrong.code, "%s%s%s", several ? printable(config).text : "", several ? ": " : "", wrong.message);
 }
 
+int arguments_plan_recipe(const struct arguments *arguments, struct recipe *recipe, struct error *error) {
+  return read_recipe(arguments, arguments->configs.count > 0 ? arguments->configs.text[0] : NULL, recipe, error);
+}
+
 /* The name of a recipe file without folder and ending: *length bytes of the result. */
 static const char *recipe_name(const char *config, size_t *length) {
   static const char *const endings[] = {".yaml", ".yml"};
@@ -536,6 +540,51 @@ int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct
                         "Shows what the folder OUT that calibrate made holds: the recipe and, a line a block, the losses, what was kept, "
                         "bits a weight and seconds. Reads every block and so verifies its checksums.\v"
                         "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
+}
+
+static const struct setting plan_files[] = {
+    {"model", SETTING_TEXT, AT(plan.model), REQUIRED, "DIR", NULL, "folder with config.json; with safetensors, their headers are read"},
+    {"config", SETTING_TEXTS, AT(configs), OPTIONAL, "FILE", NULL, "recipe in YAML"},
+};
+
+static const struct setting plan_machine[] = {
+    {"ranks", SETTING_INT, AT(plan.ranks), 1, 1 << 20, NULL, "1", "ranks of the run"},
+    {"ranks_a_node", SETTING_INT, AT(plan.ranks_a_node), 0, 1024, NULL, "0", "ranks of each node; 0: as the machine has"},
+    {"gpu", SETTING_TEXT, AT(plan.gpu), OPTIONAL, "h100|h200|a100|FILE", NULL,
+     "one GPU a rank, or a JSON file of a machine's figures; without: CPUs"},
+    {"measured", SETTING_TEXT, AT(plan.measured), OPTIONAL, "FILE", NULL,
+     "JSON of figures that were measured, as --measure writes them, which replace the machine's"},
+    {"measure", SETTING_TEXT, AT(plan.measure), OPTIONAL, "FILE", NULL,
+     "time the operations of one block on this host, with random weights, plan with that, and keep it in FILE"},
+    {"backend", SETTING_TEXT, AT(plan.backend), OPTIONAL, "cpu|cuda", "cpu", "what --measure times"},
+    {"threads", SETTING_INT, AT(plan.threads), 1, 65536, NULL, "1", "threads a rank, where CPUs compute"},
+    {"json", SETTING_BOOL, AT(plan.json), 0, 1, NULL, NULL, "print one JSON object"},
+};
+
+int arguments_plan(struct arguments *arguments, int argc, char **argv, struct error *error) {
+  size_t count;
+  const struct setting *settings = recipe_settings(&count);
+  arguments->overrides = calloc(count, sizeof *arguments->overrides);
+  if (arguments->overrides == NULL) return error_set(error, ERROR_WORK, "no memory for the command line");
+  struct group groups[] = {
+      {.header = "Files:", .settings = plan_files, .count = COUNT(plan_files), .target = arguments},
+      {.header = "Recipe (a flag overrides the file):",
+       .settings = settings,
+       .count = count,
+       .target = &arguments->flags,
+       .overrides = arguments->overrides},
+      {.header = "Machine:", .settings = plan_machine, .count = COUNT(plan_machine), .target = arguments},
+  };
+  struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};
+  int code = run_subcommand(&parse, argc, argv,
+                            "Tells what a calibration will take before it starts: memory of a rank, disk, traffic, time by part, and what "
+                            "limits it. Reads no weights and needs no GPU.\v"
+                            "Example:\n"
+                            "  omniquant plan --model llama-70b --config paper-w3a16g128.yaml --ranks 8 --batch 8 --gpu h100\n\n"
+                            "Exit status: 0 done, 1 failed at work, 2 wrong usage or input.");
+  if (code != 0 || arguments->answered) return code;
+  if (arguments->configs.count > 1) return error_set(error, ERROR_INPUT, "--config: one recipe can be planned at a time");
+  return check_backend(arguments->plan.backend, error);
 }
 
 static const struct setting verify_flags[] = {

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "evaluate.h"
 #include "export.h"
+#include "plan.h"
 #include "recipe.h"
 #include "verify.h"
 
@@ -18,7 +19,7 @@ struct arguments {
   bool answered; /* out: --help, --usage or --version was asked and printed: nothing is left to do */
 
   struct calibrate_options calibrate;
-  struct setting_texts configs; /* recipe files of calibrate */
+  struct setting_texts configs; /* recipe files of calibrate and plan */
   const char *blocks;           /* "A:B" of calibrate, or NULL */
   struct recipe flags;          /* scratch: recipe flags are read into it to be checked where they stand */
   const char **overrides;       /* [settings of a recipe] text of the recipe flags given, NULL for those not given; owned */
@@ -31,6 +32,8 @@ struct arguments {
   bool json;
 
   struct verify_options verify;
+
+  struct plan_options plan;
 };
 
 struct world;
@@ -59,6 +62,10 @@ int arguments_eval(struct arguments *arguments, int argc, char **argv, struct er
 int arguments_export(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_inspect(struct arguments *arguments, int argc, char **argv, struct error *error);
 int arguments_verify(struct arguments *arguments, int argc, char **argv, struct error *error);
+int arguments_plan(struct arguments *arguments, int argc, char **argv, struct error *error);
+
+/* The recipe to be planned: defaults, then the file, then the flags. Reads the file. */
+int arguments_plan_recipe(const struct arguments *arguments, struct recipe *recipe, struct error *error);
 
 /* Makes the recipes of a calibration, one for each --config or one without: defaults (with --resume, what the store in OUT says), then the file, then the flags, whatever their order
  * was; checked, by themselves and against each other. Of several the store is OUT/NAME, NAME being that of the file without .yaml.

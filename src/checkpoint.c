@@ -1,10 +1,12 @@
 /* checkpoint.c: from safetensors to block images. */
 #include "checkpoint.h"
 
+#include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "file.h"
 #include "safetensors.h"
@@ -154,6 +156,53 @@ fail:
   checkpoint_close(c);
   *checkpoint = NULL;
   return error->code;
+}
+
+/* Takes every tensor of a block in the type that config.json names. */
+static int take_config_dtype(struct model *model, const char *config, const char *path, struct error *error) {
+  static const struct {
+    const char *name;
+    enum dtype dtype;
+  } known[] = {{"float32", DTYPE_F32}, {"float16", DTYPE_F16}, {"bfloat16", DTYPE_BF16}};
+  json_t *root = json_loads(config, 0, NULL);
+  const json_t *value = json_object_get(root, "torch_dtype");
+  if (!value) value = json_object_get(root, "dtype");
+  const char *name = value ? json_string_value(value) : "float32";
+  enum dtype dtype = DTYPE_OTHER;
+  for (size_t i = 0; name && i < sizeof known / sizeof *known; i++)
+    if (strcmp(name, known[i].name) == 0) dtype = known[i].dtype;
+  json_decref(root);
+  if (dtype == DTYPE_OTHER) return error_set(error, ERROR_INPUT, "%s: torch_dtype: not one of float32, float16, bfloat16", path);
+  for (int i = 0; i < model->tensors; i++) model->tensor[i].dtype = dtype;
+  model_layout(model);
+  return 0;
+}
+
+int checkpoint_describe(const char *folder, struct model *model, bool *headers, struct error *error) {
+  static const char *const files[] = {"model.safetensors", "model.safetensors.index.json"};
+  char path[4096];
+  *headers = false;
+  for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+    snprintf(path, sizeof path, "%s/%s", folder, files[i]);
+    *headers = *headers || access(path, F_OK) == 0;
+  }
+  struct checkpoint *checkpoint = NULL;
+  if (*headers && checkpoint_open(folder, model, &checkpoint, error) == 0) checkpoint_close(checkpoint);
+  if (*headers) return error->code;
+  snprintf(path, sizeof path, "%s/config.json", folder);
+  char *config = read_text(path, error);
+  if (config && model_parse(model, config, path, error) == 0) take_config_dtype(model, config, path, error);
+  free(config);
+  return error->code;
+}
+
+int64_t checkpoint_outside_elements(const struct model *model) {
+  int64_t elements = 0;
+  for (enum outside which = 0; which < OUTSIDES; which++) {
+    struct outside_shape shape = outside_shape(model, which);
+    if (shape.has && !(which == OUTSIDE_HEAD && model->tied_embeddings)) elements += shape.rows * shape.columns;
+  }
+  return elements;
 }
 
 const struct tensor *checkpoint_block_tensor(const struct checkpoint *checkpoint, int block, int index) {

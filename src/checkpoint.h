@@ -16,6 +16,14 @@ struct checkpoint;
 int checkpoint_open(const char *folder, struct model *model, /* receives what the checkpoint is */
                     struct checkpoint **checkpoint, struct error *error);
 
+/* What a folder holds by config.json and, where its safetensors are there, by their headers; without them every tensor is taken to have the
+ * type that config.json names (torch_dtype), F32 if it names none. Errors: as checkpoint_open. */
+int checkpoint_describe(const char *folder, struct model *model, bool *headers, /* receives whether safetensors are there */
+                        struct error *error);
+
+/* Elements of the tensors outside the blocks; a head that is the embedding is counted once. */
+int64_t checkpoint_outside_elements(const struct model *model);
+
 /* config.json as it stands; owned by the checkpoint. */
 const char *checkpoint_config(const struct checkpoint *checkpoint);
 

@@ -41,7 +41,14 @@ static int run_verify(struct world *world, const struct arguments *arguments, st
   return verify(&arguments->verify, error);
 }
 
+static int run_plan(struct world *world, const struct arguments *arguments, struct error *error) {
+  struct recipe recipe;
+  (void)world;
+  return arguments_plan_recipe(arguments, &recipe, error) ? error->code : plan_print(&arguments->plan, &recipe, error);
+}
+
 static const struct command commands[] = {
+    {"plan", "tell what a calibration will take: memory, disk, traffic, time", false, arguments_plan, run_plan},
     {"calibrate", "quantize a model and store it", true, arguments_calibrate, run_calibrate},
     {"eval", "measure the perplexity of a model, quantized or not", true, arguments_eval, run_eval},
     {"export", "write a quantized model as inference engines read it", false, arguments_export, run_export},
