@@ -44,6 +44,9 @@ class Bench:
             raise Failure(f"{path}: is not there; build it (cmake -S . -B build && cmake --build build), or give --build")
         return path
 
+    def source(self, name):
+        return ROOT / "bench" / name
+
     def need_model(self):
         if not self.model.is_dir() or not self.tokens.is_file():
             raise Failure(f"{self.model} or {self.tokens}: is not there; run scripts/quickstart.sh, or give --model and --tokens")
@@ -62,9 +65,13 @@ class Bench:
             raise Failure(f"{' '.join(command)}: ended with {done.returncode}: {said}")
         return done.stdout, done.stderr
 
+    def json_lines(self, text):
+        """The JSON objects of a text with one a line."""
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
     def run_json(self, command, environment=None):
         """The JSON object that is the last line of its standard output."""
-        return json.loads(self.run(command, environment)[0].strip().splitlines()[-1])
+        return self.json_lines(self.run(command, environment)[0])[-1]
 
     def mpirun(self, ranks, command):
         """The command line of a program on that many ranks of this machine."""
