@@ -120,7 +120,7 @@ def table(rows):
         if end < len(rows) and rows[end].keys() == rows[begin].keys():
             continue
         part = [list(rows[begin])] + [[cell(value) for value in row.values()] for row in rows[begin:end]]
-        text = [not isinstance(value, (int, float, type(None))) for value in rows[begin].values()]
+        text = [any(isinstance(row[column], str) for row in rows[begin:end]) for column in rows[begin]]
         widths = [max(map(len, column)) for column in zip(*part)]
         lines += [""] if begin else []
         lines += ["  ".join(word.ljust(width) if left else word.rjust(width) for word, width, left in zip(line, widths, text)).rstrip()

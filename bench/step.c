@@ -229,7 +229,8 @@ static void time_operations(struct setup *s) {
   o->on = false;
 }
 
-/* What the machine reaches with as many threads: bytes a second of a copy, each counted read and written, and flops a second of a large product. */
+/* What the machine reaches with as many threads: bytes a second of a copy, each counted read and written, and flops a second of a large
+ * product. Raised by every measurement: before and after the steps, so that a machine whose speed drifts is not taken for slower than they. */
 struct limits {
   double bandwidth, flops;
 };
@@ -237,7 +238,6 @@ struct limits {
 static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, struct error *error) {
   enum { SIDE = 1536, COPIED = 32 << 20, REPEATS = 8 };
   float *a = k->allocate(k, 2 * (size_t)COPIED * sizeof *a), *b = a + COPIED;
-  *limits = (struct limits){0, 0};
   if (!a) return error_set(error, ERROR_WORK, "out of memory for measuring the machine");
   fill(a, COPIED, 1);
   for (int i = 0; i < REPEATS; i++) { /* the first also brings the pages in */
@@ -278,10 +278,11 @@ static void print_operations(const struct setup *s, const struct limits *limits)
 static int run(struct setup *s, struct error *error) {
   const struct arguments *a = &s->arguments;
   struct products products = {0};
-  struct limits limits;
+  struct limits limits = {0, 0};
   if (measure_limits(s->backend, a->bf16, &limits, error)) return error->code;
   time_steps(s, &products);
   time_operations(s);
+  if (measure_limits(s->backend, a->bf16, &limits, error)) goto end;
   double step = median(s->step_seconds, a->steps), alone = median(s->product_seconds, a->steps);
   printf("{\"step_ms\": %.3f, \"products_ms\": %.3f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.3f, \"products_gflops\": %.1f, "
          "\"sgemm_gflops\": %.1f, \"copy_gb_s\": %.1f, \"threads\": %d, \"level\": \"%s\", \"bf16\": %s, \"abits\": %d, \"let\": %s",
@@ -289,8 +290,10 @@ static int run(struct setup *s, struct error *error) {
          limits.bandwidth / 1e9, a->threads, s->backend->level, a->bf16 ? "true" : "false", a->abits, a->let ? "true" : "false");
   print_operations(s, &limits);
   printf("}\n");
+  s->backend->synchronize(s->backend, error);
+end:
   free(products.list);
-  return s->backend->synchronize(s->backend, error);
+  return error->code;
 }
 
 int main(int argc, char **argv) {
