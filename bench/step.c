@@ -5,12 +5,13 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "clock.h"
 #include "cpu/backend.h"
 #include "learn.h"
 #include "measure.h"
-#include "operations.h"
+#include "trace.h"
 
 struct arguments {
   int hidden, heads, kv_heads, ffn, tokens, bits, abits, group, threads, steps;
@@ -97,14 +98,15 @@ struct setup {
   struct recipe recipe;
   struct world world;
   struct kernels *backend;
-  struct operations operations; /* of the backend */
+  struct kernels *traced; /* the backend, whose operations are noted in `trace` */
+  struct trace trace;
   struct block block;
   struct let_statistics statistics;
   struct shard shard;
   struct target target;
   struct learner learner;
   double *step_seconds, *product_seconds; /* [steps] */
-  double *operation_seconds;              /* [MOST_OPERATIONS + 1, steps]: each operation's, and last what lies between them */
+  double *operation_seconds;              /* [TRACE_COUNT + 1, steps]: each operation's, and last what lies between them */
 };
 
 enum { WARM_STEPS = 3 };
@@ -150,15 +152,15 @@ static int setup_open(struct setup *s, struct error *error) {
   s->world = (struct world){.size = 1, .local_size = 1};
   s->backend = kernels_open("cpu", a->threads, 0, error);
   if (!s->backend || model_parse(&s->model, config, "config", error)) return error->code;
-  operations_init(&s->operations, s->backend);
-  struct kernels *k = &s->operations.k;
+  struct kernels *k = s->traced = trace_open(s->backend, s->backend->element_bytes, &s->trace);
+  if (!k) return error_set(error, ERROR_WORK, "out of memory for a trace");
   if (block_init(&s->block, &s->model, k, &use, error) || let_statistics_init(&s->statistics, &s->model, k, error)) return error->code;
   shard_init(&s->shard, 1, 1, 0, 1);
   s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
   s->target.x = k->allocate(k, (size_t)a->tokens * (size_t)a->hidden * k->element_bytes);
   s->step_seconds = calloc((size_t)a->steps, sizeof *s->step_seconds);
   s->product_seconds = calloc((size_t)a->steps, sizeof *s->product_seconds);
-  s->operation_seconds = calloc((MOST_OPERATIONS + 1) * (size_t)a->steps, sizeof *s->operation_seconds);
+  s->operation_seconds = calloc((TRACE_COUNT + 1) * (size_t)a->steps, sizeof *s->operation_seconds);
   if (!s->target.x || !s->step_seconds || !s->product_seconds || !s->operation_seconds)
     return error_set(error, ERROR_WORK, "out of memory for the samples");
   s->learner =
@@ -171,25 +173,26 @@ static void setup_close(struct setup *s) {
   free(s->step_seconds);
   free(s->product_seconds);
   free(s->operation_seconds);
-  if (!s->backend) return;
+  if (!s->traced) {
+    if (s->backend) s->backend->close(s->backend);
+    return;
+  }
   learner_free(&s->learner);
   target_free(&s->target);
   let_statistics_free(&s->statistics);
   if (s->target.x) s->backend->release(s->backend, s->target.x);
   block_free(&s->block);
+  s->traced->close(s->traced);
   s->backend->close(s->backend);
 }
 
 /* The products of one step, in their order. */
 static void record_products(struct setup *s, struct products *products) {
   struct backend *state = s->backend->state;
-  void (*observer)(void *, const struct product *) = state->observer;
-  void *context = state->observer_context;
   state->observer = record;
   state->observer_context = products;
   learner_step(&s->learner, WARM_STEPS - 1, all_steps(&s->arguments));
-  state->observer = observer;
-  state->observer_context = context;
+  state->observer = NULL;
 }
 
 static void time_steps(struct setup *s, struct products *products) {
@@ -210,23 +213,20 @@ static void time_steps(struct setup *s, struct products *products) {
   }
 }
 
-/* Steps in which each operation is timed. */
+/* Steps in which the time of each operation is kept. */
 static void time_operations(struct setup *s) {
   int steps = s->arguments.steps, all = all_steps(&s->arguments);
-  struct operations *o = &s->operations;
-  double *rest = s->operation_seconds + (size_t)MOST_OPERATIONS * (size_t)steps;
-  o->on = true;
   for (int step = 0; step < steps; step++) {
-    for (int i = 0; i < o->count; i++) o->operation[i].seconds = 0;
+    memset(&s->trace, 0, sizeof s->trace);
     double begin = now();
     learner_step(&s->learner, WARM_STEPS + steps + step, all);
-    rest[step] = now() - begin;
-    for (int i = 0; i < o->count; i++) {
-      s->operation_seconds[i * steps + step] = o->operation[i].seconds;
-      rest[step] -= o->operation[i].seconds;
+    double rest = now() - begin;
+    for (int i = 0; i < TRACE_COUNT; i++) {
+      s->operation_seconds[i * steps + step] = s->trace.row[i].seconds;
+      rest -= s->trace.row[i].seconds;
     }
+    s->operation_seconds[TRACE_COUNT * steps + step] = rest;
   }
-  o->on = false;
 }
 
 /* What the machine reaches with as many threads: bytes a second of a copy, each counted read and written, and flops a second of a large
@@ -256,22 +256,22 @@ static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, s
   return 0;
 }
 
+/* Of the latest step, and the medians of all. */
 static void print_operations(const struct setup *s, const struct limits *limits) {
   int steps = s->arguments.steps;
   double bounds = 0;
   printf(", \"operations\": [");
-  for (int i = 0; i < s->operations.count; i++) {
-    const struct operation *o = &s->operations.operation[i];
-    double seconds = median(s->operation_seconds + (size_t)i * (size_t)steps, steps), bytes = o->bytes / steps, flops = o->flops / steps;
-    double bound = fmax(bytes / limits->bandwidth, flops / limits->flops);
-    if (!o->calls) continue;
+  for (int i = 0; i < TRACE_COUNT; i++) {
+    const struct trace_row *row = &s->trace.row[i];
+    double seconds = median(s->operation_seconds + (size_t)i * (size_t)steps, steps);
+    double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops);
+    if (row->calls == 0) continue;
     bounds += bound;
-    printf("{\"part\": \"%s\", \"operation\": \"%s\", \"calls\": %d, \"ms\": %.4f, \"mbyte\": %.4f, \"gflop\": %.4f, \"limit_ms\": %.4f}, ",
-           o->part, o->name, o->calls / steps, 1e3 * seconds, bytes / 1e6, flops / 1e9, 1e3 * bound);
+    printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.4f, \"mbyte\": %.4f, \"gflop\": %.4f, \"limit_ms\": %.4f}, ",
+           trace_name((enum trace_operation)i), row->calls, 1e3 * seconds, row->bytes / 1e6, row->flops / 1e9, 1e3 * bound);
   }
-  printf(
-      "{\"part\": \"rest\", \"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",
-      1e3 * median(s->operation_seconds + (size_t)MOST_OPERATIONS * (size_t)steps, steps));
+  printf("{\"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",
+         1e3 * median(s->operation_seconds + (size_t)TRACE_COUNT * (size_t)steps, steps));
   printf(", \"limit_ms\": %.3f", 1e3 * bounds);
 }
 

@@ -19,12 +19,12 @@ COLUMNS = {
     "step_of_limit": "`limit_step_ms` over `step_ms`",
     "against_pytorch": "`step_ms` over PyTorch's",
     "part": "what of a step the operation belongs to",
-    "operation": "as `kernels/kernels.h` names it; `rest`: what lies between them, and LET's operations on short vectors",
+    "operation": "as `kernels/kernels.h` names it; `_bf16`: with its operands rounded; `rest`: what lies between them",
     "calls": "in a step",
     "ms": "in a step, the median of as many further steps, in which each operation is timed by itself",
     "share": "`ms` over the sum of all",
-    "mbyte": "of its operands, each read or written once",
-    "gflop": "of its matrix products",
+    "mbyte": "of its larger operands, each read or written once",
+    "gflop": "of its matrix products, as the mathematics asks for them: of attention those of the pairs that see each other",
     "limit_ms": "the longer of its bytes at the copy's speed and its flops at the large product's",
     "of_limit": "`limit_ms` over `ms`: 1 is as fast as the machine allows; above it where operands stay in a cache",
 }
@@ -32,6 +32,15 @@ LIMIT = ("of products the speed of one large product (`limit_gflops`), of the re
          "exponentials and divisions are not counted")
 
 VARIANTS = {"fp32": [], "bf16": ["--bf16"], "let a4": ["--let", "--bits", 4, "--group", 0, "--abits", 4]}
+
+
+PARTS = {"linear": "products", "attention": "attention", "quantize": "quantizer", "silu": "activation", "norm": "norms", "rope": "positions", "mse": "loss",
+         "sigmoid": "optimizer", "step": "optimizer", "adamw": "optimizer", "copy": "moves", "clear": "moves", "add": "moves", "accumulate": "moves", "rest": "rest"}
+
+
+def part_of(operation):
+    """By its first word; the others are LET's."""
+    return PARTS.get(operation.partition("_")[0], "transformation")
 
 
 def options(parser):
@@ -69,6 +78,6 @@ def rows(bench, arguments):
     for variant, step in results.items():
         total = sum(operation["ms"] for operation in step["operations"])
         for operation in sorted(step["operations"], key=lambda operation: -operation["ms"]):
-            yield {"variant": variant, "part": operation["part"], "operation": operation["operation"], "calls": operation["calls"], "ms": operation["ms"],
+            yield {"variant": variant, "part": part_of(operation["operation"]), "operation": operation["operation"], "calls": operation["calls"], "ms": operation["ms"],
                    "share": operation["ms"] / total, "mbyte": operation["mbyte"], "gflop": operation["gflop"], "limit_ms": operation["limit_ms"],
                    "of_limit": operation["limit_ms"] / operation["ms"] if operation["limit_ms"] is not None else None}  # fmt: skip
