@@ -165,9 +165,9 @@ def run_case(name, arguments):
             rows.append(row)
             print(f"{name}: {' '.join(f'{key}={cell(value)}' for key, value in row.items())}", file=sys.stderr)
         load.append(os.getloadavg()[0])
-        command = [sys.argv[0], name, *(["--", *arguments.options] if arguments.options else [])]
+        command = ["bench/run.py", name, *(["--", *arguments.options] if arguments.options else [])]
         result = {"case": name, "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "machine": machine(),
-                  "versions": versions(bench), "command": shlex.join(os.path.relpath(word, ROOT) if word == sys.argv[0] else word for word in command),
+                  "versions": versions(bench), "command": shlex.join(command),
                   "load": [round(value, 2) for value in load], "rows": rows, "limit": case.LIMIT,
                   "columns": {column: text for column, text in case.COLUMNS.items() if any(column in row for row in rows)}}
     finally:

@@ -267,7 +267,7 @@ static void print_operations(const struct setup *s, const struct limits *limits)
     double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops);
     if (row->calls == 0) continue;
     bounds += bound;
-    printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.4f, \"mbyte\": %.4f, \"gflop\": %.4f, \"limit_ms\": %.4f}, ",
+    printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.6g, \"mbyte\": %.6g, \"gflop\": %.6g, \"limit_ms\": %.6g}, ",
            trace_name((enum trace_operation)i), row->calls, 1e3 * seconds, row->bytes / 1e6, row->flops / 1e9, 1e3 * bound);
   }
   printf("{\"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",

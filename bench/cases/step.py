@@ -80,4 +80,4 @@ def rows(bench, arguments):
         for operation in sorted(step["operations"], key=lambda operation: -operation["ms"]):
             yield {"variant": variant, "part": part_of(operation["operation"]), "operation": operation["operation"], "calls": operation["calls"], "ms": operation["ms"],
                    "share": operation["ms"] / total, "mbyte": operation["mbyte"], "gflop": operation["gflop"], "limit_ms": operation["limit_ms"],
-                   "of_limit": operation["limit_ms"] / operation["ms"] if operation["limit_ms"] is not None else None}  # fmt: skip
+                   "of_limit": operation["limit_ms"] / operation["ms"] if operation["limit_ms"] and operation["ms"] else None}  # fmt: skip
