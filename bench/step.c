@@ -150,9 +150,9 @@ static int setup_open(struct setup *s, struct error *error) {
            a->hidden, a->ffn, a->heads, a->kv_heads);
   set_recipe(s);
   s->world = (struct world){.size = 1, .local_size = 1};
-  s->backend = kernels_open("cpu", a->threads, 0, error);
-  if (!s->backend || model_parse(&s->model, config, "config", error)) return error->code;
-  struct kernels *k = s->traced = trace_open(s->backend, s->backend->element_bytes, &s->trace);
+  struct kernels *backend = s->backend = kernels_open("cpu", a->threads, 0, error);
+  if (!backend || model_parse(&s->model, config, "config", error)) return error->code;
+  struct kernels *k = s->traced = trace_open(backend, backend->element_bytes, &s->trace);
   if (!k) return error_set(error, ERROR_WORK, "out of memory for a trace");
   if (block_init(&s->block, &s->model, k, &use, error) || let_statistics_init(&s->statistics, &s->model, k, error)) return error->code;
   shard_init(&s->shard, 1, 1, 0, 1);

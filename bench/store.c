@@ -120,7 +120,7 @@ static int time_blocks(const struct arguments *a, struct store *store, struct bl
   double *seconds = calloc(5 * (size_t)a->repeats, sizeof *seconds);
   if (!seconds) return error_set(error, ERROR_WORK, "out of memory");
   for (int i = 0; i < a->repeats && !error->code; i++) {
-    double of_block[5];
+    double of_block[5] = {0};
     record->index = i;
     if (time_block(a, store, record, of_block, &times->bytes, error)) break;
     for (int what = 0; what < 5; what++) seconds[what * a->repeats + i] = of_block[what];
