@@ -105,8 +105,9 @@ struct setup {
   struct shard shard;
   struct target target;
   struct learner learner;
-  double *step_seconds, *product_seconds; /* [steps] */
-  double *operation_seconds;              /* [TRACE_COUNT + 1, steps]: each operation's, and last what lies between them */
+  double *step_seconds;      /* [steps]; owns the next two */
+  double *product_seconds;   /* [steps] */
+  double *operation_seconds; /* [TRACE_COUNT + 1, steps]: each operation's, and last what lies between them */
 };
 
 enum { WARM_STEPS = 3 };
@@ -158,11 +159,11 @@ static int setup_open(struct setup *s, struct error *error) {
   shard_init(&s->shard, 1, 1, 0, 1);
   s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
   s->target.x = k->allocate(k, (size_t)a->tokens * (size_t)a->hidden * k->element_bytes);
-  s->step_seconds = calloc((size_t)a->steps, sizeof *s->step_seconds);
-  s->product_seconds = calloc((size_t)a->steps, sizeof *s->product_seconds);
-  s->operation_seconds = calloc((TRACE_COUNT + 1) * (size_t)a->steps, sizeof *s->operation_seconds);
-  if (!s->target.x || !s->step_seconds || !s->product_seconds || !s->operation_seconds)
-    return error_set(error, ERROR_WORK, "out of memory for the samples");
+  size_t steps = (size_t)a->steps;
+  s->step_seconds = calloc((2 + TRACE_COUNT + 1) * steps, sizeof *s->step_seconds);
+  if (!s->target.x || !s->step_seconds) return error_set(error, ERROR_WORK, "out of memory for the samples");
+  s->product_seconds = s->step_seconds + steps;
+  s->operation_seconds = s->product_seconds + steps;
   s->learner =
       (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
   if (target_init(&s->target, error) || learner_init(&s->learner, error)) return error->code;
@@ -171,8 +172,6 @@ static int setup_open(struct setup *s, struct error *error) {
 
 static void setup_close(struct setup *s) {
   free(s->step_seconds);
-  free(s->product_seconds);
-  free(s->operation_seconds);
   if (!s->traced) {
     if (s->backend) s->backend->close(s->backend);
     return;
@@ -232,7 +231,8 @@ static void time_operations(struct setup *s) {
 /* What the machine reaches with as many threads: bytes a second of a copy, each counted read and written, and flops a second of a large
  * product. Raised by every measurement: before and after the steps, so that a machine whose speed drifts is not taken for slower than they. */
 struct limits {
-  double bandwidth, flops;
+  double bandwidth;
+  double flops[2]; /* in fp32, and with operands rounded to bf16 */
 };
 
 static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, struct error *error) {
@@ -245,11 +245,11 @@ static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, s
     k->copy(k, b, a, (size_t)COPIED * sizeof *a);
     limits->bandwidth = fmax(limits->bandwidth, 2.0 * COPIED * sizeof *a / (now() - begin));
   }
-  k->bf16_products = bf16;
-  for (int i = 0; i < REPEATS; i++) {
-    double begin = now();
+  for (int i = 0; i < (bf16 ? 2 : 1) * REPEATS; i++) {
+    double *fastest = &limits->flops[i / REPEATS], begin = now();
+    k->bf16_products = i >= REPEATS;
     k->linear_forward(k, (data *)b, (const data *)a, (const data *)(a + (size_t)SIDE * SIDE), NULL, SIDE, SIDE, SIDE, false);
-    limits->flops = fmax(limits->flops, 2.0 * SIDE * SIDE * SIDE / (now() - begin));
+    *fastest = fmax(*fastest, 2.0 * SIDE * SIDE * SIDE / (now() - begin));
   }
   k->bf16_products = false;
   k->release(k, a);
@@ -264,7 +264,8 @@ static void print_operations(const struct setup *s, const struct limits *limits)
   for (int i = 0; i < TRACE_COUNT; i++) {
     const struct trace_row *row = &s->trace.row[i];
     double seconds = median(s->operation_seconds + (size_t)i * (size_t)steps, steps);
-    double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops);
+    bool rounded = i >= TRACE_linear_forward_bf16 && i <= TRACE_linear_backward_weight_bf16;
+    double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops[rounded]);
     if (row->calls == 0) continue;
     bounds += bound;
     printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.6g, \"mbyte\": %.6g, \"gflop\": %.6g, \"limit_ms\": %.6g}, ",
@@ -278,7 +279,7 @@ static void print_operations(const struct setup *s, const struct limits *limits)
 static int run(struct setup *s, struct error *error) {
   const struct arguments *a = &s->arguments;
   struct products products = {0};
-  struct limits limits = {0, 0};
+  struct limits limits = {0};
   if (measure_limits(s->backend, a->bf16, &limits, error)) return error->code;
   time_steps(s, &products);
   time_operations(s);
@@ -286,8 +287,9 @@ static int run(struct setup *s, struct error *error) {
   double step = median(s->step_seconds, a->steps), alone = median(s->product_seconds, a->steps);
   printf("{\"step_ms\": %.3f, \"products_ms\": %.3f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.3f, \"products_gflops\": %.1f, "
          "\"sgemm_gflops\": %.1f, \"copy_gb_s\": %.1f, \"threads\": %d, \"level\": \"%s\", \"bf16\": %s, \"abits\": %d, \"let\": %s",
-         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9, limits.flops / 1e9,
-         limits.bandwidth / 1e9, a->threads, s->backend->level, a->bf16 ? "true" : "false", a->abits, a->let ? "true" : "false");
+         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9,
+         limits.flops[a->bf16] / 1e9, limits.bandwidth / 1e9, a->threads, s->backend->level, a->bf16 ? "true" : "false", a->abits,
+         a->let ? "true" : "false");
   print_operations(s, &limits);
   printf("}\n");
   s->backend->synchronize(s->backend, error);
@@ -302,7 +304,7 @@ int main(int argc, char **argv) {
   const struct argp argp = {options, parse, NULL, "Times a training step, its operations, and its matrix products alone.",
                             NULL,    NULL,  NULL};
   argp_parse(&argp, argc, argv, 0, NULL, &setup.arguments);
-  if (!setup_open(&setup, &error)) run(&setup, &error);
+  if (!setup_open(&setup, &error) && setup.step_seconds) run(&setup, &error);
   setup_close(&setup);
   if (error.code) fprintf(stderr, "step: %s\n", error.message);
   return error.code;

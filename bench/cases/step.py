@@ -13,7 +13,7 @@ COLUMNS = {
     "ratio": "`step_ms` over `products_ms`: 1 would mean that everything else is free",
     "step_gflop": "floating-point operations of these products",
     "products_gflops": "their speed, `step_gflop` over `products_ms`",
-    "limit_gflops": "the best speed of one product of 1536 x 1536 x 1536 in the same library and type",
+    "limit_gflops": "the best speed of one product of 1536 x 1536 x 1536 in the same library and in the type of the linear layers' products",
     "limit_copy_gb_s": "bytes a second of a copy of 128 MiB, each counted read and written; the best",
     "limit_step_ms": "the sum of `limit_ms` over the operations",
     "step_of_limit": "`limit_step_ms` over `step_ms`",
@@ -25,7 +25,7 @@ COLUMNS = {
     "share": "`ms` over the sum of all",
     "mbyte": "of its larger operands, each read or written once",
     "gflop": "of its matrix products, as the mathematics asks for them: of attention those of the pairs that see each other",
-    "limit_ms": "the longer of its bytes at the copy's speed and its flops at the large product's",
+    "limit_ms": "the longer of its bytes at the copy's speed and its flops at the large product's, of attention always in fp32",
     "of_limit": "`limit_ms` over `ms`: 1 is as fast as the machine allows; above it where operands stay in a cache",
 }
 LIMIT = ("of products the speed of one large product (`limit_gflops`), of the rest memory's (`limit_copy_gb_s`), both measured in the same minute on as many threads; "
