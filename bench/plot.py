@@ -41,9 +41,11 @@ def draw_scaling(result, path):
         rows = sorted((row for row in result["rows"] if row["mode"] == mode), key=lambda row: row["ranks"])
         axes.plot([row["ranks"] for row in rows], [row["speedup"] for row in rows], color=color, marker=marker, label=f"{mode} scaling")
         for row in rows[1:]:
-            axes.annotate(f"{row['efficiency']:.0%}", (row["ranks"], row["speedup"]), textcoords="offset points", xytext=(4, -14), color=color, fontsize=9)
+            at = (row["ranks"], row["speedup"])
+            axes.annotate(f"{row['efficiency']:.0%}", at, textcoords="offset points", xytext=(4, -14), color=color, fontsize=9)
     ranks = sorted({row["ranks"] for row in result["rows"]})
-    axes.plot(ranks, [max(row["ideal"] for row in result["rows"] if row["ranks"] == count) for count in ranks], color=GREY, linestyle="--", label="ideal")
+    ideal = [max(row["ideal"] for row in result["rows"] if row["ranks"] == count) for count in ranks]
+    axes.plot(ranks, ideal, color=GREY, linestyle="--", label="ideal")
     axes.set(xlabel="ranks, one thread each", ylabel="work a second, one rank = 1", xticks=ranks, ylim=(0, None))
     axes.legend(frameon=False)
     axes.set_title(caption(result), fontsize=8, color="#555555")
@@ -70,7 +72,8 @@ def draw_step(result, path):
         for values, height, offset, strength in ((spent, 0.42, -0.12, 1.0), (bound, 0.2, 0.25, 0.45)):
             left = 0.0
             for part in parts:
-                axes.barh(i + offset, values[part], height, left, color=colors[part], alpha=strength, label=part if i == 0 and offset < 0 and spent[part] else None)
+                label = part if i == 0 and values is spent and spent[part] else None
+                axes.barh(i + offset, values[part], height, left, color=colors[part], alpha=strength, label=label)
                 left += values[part]
         share = spent[PARTS["products"]] / sum(spent.values())
         axes.annotate(f"{share:.0%} products", (sum(spent.values()), i - 0.12), textcoords="offset points", xytext=(4, -3), fontsize=8)
@@ -87,7 +90,7 @@ def main():
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results", help="what bench/run.py --json wrote (bench/results)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="default docs")
     arguments = parser.parse_args()
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "omniquant", "axes.spines.top": False, "axes.spines.right": False, "font.family": "sans-serif"})
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "omniquant", "axes.spines.top": False, "axes.spines.right": False})
     for case, draw in (("scaling", draw_scaling), ("step", draw_step)):
         result = newest(arguments.results, case)
         if not result:

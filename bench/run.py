@@ -26,7 +26,7 @@ def load_case(name):
     """The module: its documentation, COLUMNS, LIMIT, optionally SEPARATE and options(parser), and rows(bench, arguments)."""
     path = CASES / f"{name}.py"
     if not path.is_file():
-        raise Failure(f"{name}: there is no such case; there are {' '.join(case_names())}")
+        raise Failure(f"there is no such case; there are {' '.join(case_names())}")
     spec = importlib.util.spec_from_file_location(f"case_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,6 +35,10 @@ def load_case(name):
 
 def case_names():
     return sorted(path.stem for path in CASES.glob("*.py"))
+
+
+def is_separate(name):
+    return getattr(load_case(name), "SEPARATE", False)
 
 
 # ---- the machine ----
@@ -186,7 +190,8 @@ def report(result):
     kept = ", ".join(f"{key} {value}" for key, value in result["versions"].items() if value)
     return "\n".join([f"{result['case']}: {result['command']}, {result['date']}",
                       f"{there['cpu']}, {there['cores']} cores, {there['memory_gib']} GiB, Linux {there['kernel']}, GPU: {there['gpu'] or 'none'}",
-                      f"{kept}; load {result['load'][0]} before, {result['load'][1]} after", "", table(result["rows"]), "", f"limit: {result['limit']}"])
+                      f"{kept}; load {result['load'][0]} before, {result['load'][1]} after", "",
+                      table(result["rows"]), "", f"limit: {result['limit']}"])
 
 
 def main():
@@ -203,18 +208,18 @@ def main():
     parser.add_argument("--build", type=Path, default=ROOT / "build", metavar="DIR", help="where the programs are built (build)")
     parser.add_argument("--model", type=Path, default=ROOT / "work/smollm2", metavar="DIR", help="checkpoint (work/smollm2)")
     parser.add_argument("--tokens", type=Path, default=ROOT / "work/calibration.h5", metavar="FILE", help="calibration tokens (work/calibration.h5)")
-    parser.add_argument("--python", default=sys.executable, metavar="FILE", help="a Python with torch and the like, for what is compared with (this one)")
+    parser.add_argument("--python", default=sys.executable, metavar="FILE", help="a Python with torch and the like, for what is compared (this one)")
     arguments = parser.parse_args(words)
     arguments.options = behind
     names = case_names()
     if arguments.list:
         for name in names:
-            print(f"{name:10} {load_case(name).__doc__.strip().splitlines()[0]}{' (not part of --all)' if getattr(load_case(name), 'SEPARATE', False) else ''}")
+            print(f"{name:10} {load_case(name).__doc__.splitlines()[0]}{' (not part of --all)' if is_separate(name) else ''}")
         return 0
     if arguments.definitions:
         print(definitions(names))
         return 0
-    chosen = [name for name in names if not getattr(load_case(name), "SEPARATE", False)] if arguments.all else arguments.cases
+    chosen = [name for name in names if not is_separate(name)] if arguments.all else arguments.cases
     if not chosen or (options and len(chosen) > 1):
         parser.error("options behind -- are those of one case" if chosen else "no case is named; --list names them")
     os.environ.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", OMNIQUANT_PROGRESS="lines")

@@ -18,7 +18,8 @@ COLUMNS = {
     "prompt_tokens_s": "tokens a second reading the prompt; the median run",
     "generate_tokens_s": "tokens a second generating one by one; the median run",
     "x": "`generate_tokens_s` over the first file's",
-    "limit_generate_tokens_s": "what memory would allow: a copy's speed on as many threads, `limit_copy_gb_s` of the case step, over the bytes of the file",
+    "limit_generate_tokens_s": "what memory would allow: a copy's speed on as many threads, `limit_copy_gb_s` of the case step, over the bytes of "
+                               "the file",
 }
 LIMIT = "`limit_generate_tokens_s`: each token reads every weight once; files that a cache holds may go faster"
 
@@ -29,7 +30,7 @@ def options(parser):
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (256)")
     parser.add_argument("--generate", type=int, default=64, help="tokens to generate (64)")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="seconds that passed, or that the process had")
-    parser.add_argument("files", nargs="+", metavar="NAME=PATH", help="a GGUF file, or a folder with model.gguf; the first is what the others are compared with")
+    parser.add_argument("files", nargs="+", metavar="NAME=PATH", help="a GGUF file or a folder with model.gguf; the others are compared with the first")
 
 
 def rows(bench, arguments):

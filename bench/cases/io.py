@@ -13,7 +13,8 @@ COLUMNS = {
     "read_mb_s": "`store_read_block`: structure, checksums, shapes and values checked; the file's pages are in memory; the median block",
     "limit_read_mb_s": "the same bytes read as they are; the median",
 }
-LIMIT = "the disk's and the page cache's own speed with the same bytes (`limit_write_mb_s`, `limit_read_mb_s`), measured in turn with each block; disks that others use vary"
+LIMIT = ("the disk's and the page cache's own speed with the same bytes (`limit_write_mb_s`, `limit_read_mb_s`), measured in turn with each "
+         "block; disks that others use vary")
 
 
 def options(parser):
@@ -23,5 +24,6 @@ def options(parser):
 
 
 def rows(bench, arguments):
-    said, _ = bench.run([bench.program("bench/store"), "--hidden", arguments.hidden, "--ffn", arguments.ffn, "--repeats", arguments.repeats, bench.folder])
+    sizes = ["--hidden", arguments.hidden, "--ffn", arguments.ffn, "--repeats", arguments.repeats]
+    said, _ = bench.run([bench.program("bench/store"), *sizes, bench.folder])
     yield from bench.json_lines(said)

@@ -11,8 +11,8 @@ COLUMNS = {
     "two_runs_seconds": "the two whole runs together; of the repeats the fastest",
     "one_pass_seconds": "one whole run with both recipes; of the repeats the fastest",
     "ratio": "`one_pass_seconds` over `two_runs_seconds`",
-    "limit": "on one rank that does not wait for reading, by counting passes of a sample, a backward pass as two: a run has 4 + 3 epochs (2 without epochs), of which "
-             "the second recipe saves 1; elsewhere 1/2, since both recipes take no less than one",
+    "limit": "on one rank that does not wait for reading, by counting passes of a sample, a backward pass as two: a run has 4 + 3 epochs (2 "
+             "without epochs), of which the second recipe saves 1; elsewhere 1/2, since both recipes take no less than one",
 }
 LIMIT = "`limit`: what is shared is the reading and the full-precision stream, everything else is each recipe's own"
 
@@ -40,7 +40,10 @@ def rows(bench, arguments):
 
     kinds = [(1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 8, 1), (arguments.ranks, 0, 1), (arguments.ranks, 0, 2)]
     for ranks, read, epochs in kinds:
-        both = [(sum(seconds(ranks, read, epochs, config) for config in configs), seconds(ranks, read, epochs, *configs)) for _ in range(arguments.repeats)]
-        two, one = (min(column) for column in zip(*both))
+        two, one = [], []
+        for _ in range(arguments.repeats):
+            two.append(sum(seconds(ranks, read, epochs, config) for config in configs))
+            one.append(seconds(ranks, read, epochs, *configs))
+        two, one = min(two), min(one)
         yield {"ranks": ranks, "read_seconds": read, "epochs": epochs, "two_runs_seconds": two, "one_pass_seconds": one, "ratio": one / two,
                "limit": limit_of(ranks, read, epochs)}

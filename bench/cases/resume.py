@@ -16,7 +16,8 @@ COLUMNS = {
     "share": "`replayed_seconds` over `calibrated_seconds`",
     "limit": "the share by counting passes of a sample, a backward pass as two: 2 over 4 + 3 epochs",
 }
-LIMIT = "`limit`: replaying cannot do with fewer than the two forward passes of the streams; it has no backward pass, quantizer or sum over ranks, so that a share below it is possible"
+LIMIT = ("`limit`: replaying cannot do with fewer than the two forward passes of the streams; it has no backward pass, quantizer or sum over "
+         "ranks, so that a share below it is possible")
 
 
 def options(parser):

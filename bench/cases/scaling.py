@@ -10,14 +10,15 @@ COLUMNS = {
     "mode": "`strong`: the same batch and samples on all numbers of ranks; `weak`: as many times more of both as there are ranks",
     "ranks": "processes of one thread each",
     "batch": "samples a step, over all ranks",
-    "blocks_seconds": "all blocks together, as the store tells them: from waiting for a block's weights to handing the block to the writer; the fastest run",
+    "blocks_seconds": "all blocks together, as the store tells them: from waiting for a block's weights to handing the block to the writer; the "
+                      "fastest run",
     "run_seconds": "that whole run: with opening files, embedding and writing",
     "speedup": "work a second over that of one rank: strong, `blocks_seconds` of one rank over these; weak, that times the ranks",
     "ideal": "the limit: ranks, but no more than the batch has samples or the machine cores",
     "efficiency": "`speedup` over `ranks`",
 }
-LIMIT = ("`ideal`, if nothing but the samples' own work were done; quantizing the weights and the optimizer's step are done on every rank whatever its samples, "
-         "the sum over ranks moves the gradients once a step, and ranks share the machine's memory bandwidth")
+LIMIT = ("`ideal`, if nothing but the samples' own work were done; quantizing the weights and the optimizer's step are done on every rank "
+         "whatever its samples, the sum over ranks moves the gradients once a step, and ranks share the machine's memory bandwidth")
 
 
 def options(parser):
@@ -29,7 +30,8 @@ def options(parser):
 
 
 def rows(bench, arguments):
-    kinds = [(mode, ranks, arguments.batch * (ranks if mode == "weak" else 1)) for mode in ("strong", "weak") for ranks in sorted({1, *arguments.ranks})]
+    every = sorted({1, *arguments.ranks})
+    kinds = [(mode, ranks, arguments.batch * (ranks if mode == "weak" else 1)) for mode in ("strong", "weak") for ranks in every]
     best = {}
     for _ in range(arguments.repeats):
         for kind in kinds:
