@@ -23,7 +23,7 @@ static const struct argp_option options[] = {
     {"hidden", 'h', "N", 0, "hidden size (2048)", 0},
     {"ffn", 'f', "N", 0, "width of the MLP (5632)", 0},
     {"group", 'g', "N", 0, "group size (128)", 0},
-    {"repeats", 'r', "N", 0, "blocks written and read for each number of bits (5)", 0},
+    {"repeats", 'r', "N", 0, "blocks written and read for each number of bits (6)", 0},
     {0},
 };
 
@@ -75,10 +75,12 @@ static int record_make(struct block_record *record, const struct arguments *a, i
 
 /* ---- times ---- */
 
-/* Medians over the blocks, in seconds. */
+enum { MAKE, WRITE, READ, PLAIN_WRITE, PLAIN_READ, WHATS };
+
+/* Medians over the blocks. */
 struct times {
-  double make, write, read, plain_write, plain_read;
-  size_t bytes;
+  double seconds[WHATS];
+  size_t bytes; /* of a block's file */
 };
 
 static int read_plain(const char *path, void *to, size_t count, struct error *error) {
@@ -88,45 +90,60 @@ static int read_plain(const char *path, void *to, size_t count, struct error *er
   return error->code;
 }
 
-/* One block: made, written, read; its bytes written and read as they are. */
-static int time_block(const struct arguments *a, struct store *store, struct block_record *record, double seconds[5], size_t *length,
+static int time_stored(struct store *store, const struct block_image *image, double seconds[WHATS], struct error *error) {
+  struct block_record back = {0};
+  double begin = now();
+  if (store_write_block(store, image, error)) return error->code;
+  seconds[WRITE] = now() - begin;
+  begin = now();
+  store_read_block(store, image->index, &back, error);
+  seconds[READ] = now() - begin;
+  block_record_free(&back);
+  return error->code;
+}
+
+/* The same bytes in a new file, which goes again. */
+static int time_plain(const char *folder, const struct block_image *image, double seconds[WHATS], struct error *error) {
+  char *path = path_join(folder, "plain", error);
+  double begin = now();
+  if (path && !file_write(path, image->bytes, image->length, error)) {
+    seconds[PLAIN_WRITE] = now() - begin;
+    begin = now();
+    read_plain(path, image->bytes, image->length, error);
+    seconds[PLAIN_READ] = now() - begin;
+    unlink(path);
+  }
+  free(path);
+  return error->code;
+}
+
+/* One block. Who comes first changes: a disk may be slower to take the second. */
+static int time_block(const struct arguments *a, struct store *store, struct block_record *record, double seconds[WHATS], size_t *length,
                       struct error *error) {
   struct block_image image = {0};
-  struct block_record back = {0};
-  char *path = path_join(a->folder, "plain", error);
-  double at[6] = {now()};
-  if (!path || block_image_make(&image, record, store_info(store), a->folder, error)) goto end;
-  at[1] = now();
-  if (store_write_block(store, &image, error)) goto end;
-  at[2] = now();
-  if (store_read_block(store, record->index, &back, error)) goto end;
-  at[3] = now();
-  if (file_write(path, image.bytes, image.length, error)) goto end;
-  at[4] = now();
-  if (read_plain(path, image.bytes, image.length, error)) goto end;
-  at[5] = now();
-  for (int i = 0; i < 5; i++) seconds[i] = at[i + 1] - at[i];
+  double begin = now();
+  if (block_image_make(&image, record, store_info(store), a->folder, error)) return error->code;
+  seconds[MAKE] = now() - begin;
   *length = image.length;
-end:
-  if (path) unlink(path); /* the next one is a new file, as each block's is */
-  block_record_free(&back);
+  bool plain_first = record->index % 2;
+  if (plain_first) time_plain(a->folder, &image, seconds, error);
+  if (!error->code) time_stored(store, &image, seconds, error);
+  if (!error->code && !plain_first) time_plain(a->folder, &image, seconds, error);
   block_image_free(&image);
-  free(path);
   return error->code;
 }
 
 static int time_blocks(const struct arguments *a, struct store *store, struct block_record *record, struct times *times,
                        struct error *error) {
-  double *seconds = calloc(5 * (size_t)a->repeats, sizeof *seconds);
+  double *seconds = calloc(WHATS * (size_t)a->repeats, sizeof *seconds);
   if (!seconds) return error_set(error, ERROR_WORK, "out of memory");
   for (int i = 0; i < a->repeats && !error->code; i++) {
-    double of_block[5] = {0};
+    double of_block[WHATS] = {0};
     record->index = i;
     if (time_block(a, store, record, of_block, &times->bytes, error)) break;
-    for (int what = 0; what < 5; what++) seconds[what * a->repeats + i] = of_block[what];
+    for (int what = 0; what < WHATS; what++) seconds[what * a->repeats + i] = of_block[what];
   }
-  double *fields[5] = {&times->make, &times->write, &times->read, &times->plain_write, &times->plain_read};
-  for (int what = 0; what < 5; what++) *fields[what] = median(seconds + (size_t)what * (size_t)a->repeats, a->repeats);
+  for (int what = 0; what < WHATS; what++) times->seconds[what] = median(seconds + (size_t)what * (size_t)a->repeats, a->repeats);
   free(seconds);
   return error->code;
 }
@@ -144,8 +161,8 @@ static int run(const struct arguments *a, int bits, struct error *error) {
   double megabytes = (double)times.bytes / 1e6;
   printf("{\"bits\": %d, \"mb\": %.2f, \"make_mb_s\": %.0f, \"write_mb_s\": %.0f, \"limit_write_mb_s\": %.0f, \"read_mb_s\": %.0f, "
          "\"limit_read_mb_s\": %.0f}\n",
-         bits, megabytes, megabytes / times.make, megabytes / times.write, megabytes / times.plain_write, megabytes / times.read,
-         megabytes / times.plain_read);
+         bits, megabytes, megabytes / times.seconds[MAKE], megabytes / times.seconds[WRITE], megabytes / times.seconds[PLAIN_WRITE],
+         megabytes / times.seconds[READ], megabytes / times.seconds[PLAIN_READ]);
 end:
   store_close(store, error);
   block_record_free(&record);
@@ -154,7 +171,7 @@ end:
 }
 
 int main(int argc, char **argv) {
-  struct arguments a = {NULL, 2048, 5632, 128, 5};
+  struct arguments a = {NULL, 2048, 5632, 128, 6};
   struct error error = {0};
   const struct argp argp = {options, parse, "FOLDER", "Times storing and reading back blocks of 2 to 8 bits in FOLDER.", NULL, NULL, NULL};
   argp_parse(&argp, argc, argv, 0, NULL, &a);

@@ -13,14 +13,14 @@ COLUMNS = {
     "read_mb_s": "`store_read_block`: structure, checksums, shapes and values checked; the file's pages are in memory; the median block",
     "limit_read_mb_s": "the same bytes read as they are; the median",
 }
-LIMIT = ("the disk's and the page cache's own speed with the same bytes (`limit_write_mb_s`, `limit_read_mb_s`), measured in turn with each "
-         "block; disks that others use vary")
+LIMIT = ("the disk's and the page cache's own speed with the same bytes (`limit_write_mb_s`, `limit_read_mb_s`), measured with each block, behind it "
+         "and before it in turn; disks that others use vary")
 
 
 def options(parser):
     parser.add_argument("--hidden", type=int, default=2048, help="default 2048")
-    parser.add_argument("--ffn", type=int, default=5632, help="width of the MLP (5632)")
-    parser.add_argument("--repeats", type=int, default=5, help="blocks (5)")
+    parser.add_argument("--ffn", type=int, default=6632, help="width of the MLP (5632)")
+    parser.add_argument("--repeats", type=int, default=6, help="blocks (6)")
 
 
 def rows(bench, arguments):
