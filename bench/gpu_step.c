@@ -9,6 +9,7 @@
 #include "clock.h"
 #include "cuda/backend.h"
 #include "learn.h"
+#include "measure.h"
 
 struct arguments {
   const char *config;
@@ -47,11 +48,6 @@ static bool read_text(const char *path, char *text, size_t room, struct error *e
   if (file) fclose(file);
   if (!length) error_set(error, ERROR_INPUT, "%s: cannot be read", path);
   return length > 0;
-}
-
-static float uniform(uint32_t *state) { /* -1 .. 1 */
-  *state = *state * 1664525u + 1013904223u;
-  return (float)(*state >> 8) * 0x1p-23f - 1;
 }
 
 /* Random numbers that repeat after a prime count, which no row is a multiple of: drawing two billion would take minutes. */

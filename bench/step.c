@@ -1,13 +1,17 @@
-/* step.c: what one training step costs beside its matrix products. Steps of a block with random weights are timed, then exactly the
- * products that a step does are done again by themselves: same shapes, same memory, same order (docs/benchmarks.md). */
+/* step.c: what one training step costs beside its matrix products, and each of its operations beside what the machine allows. Steps of a
+ * block with random weights are timed, and in turn with them exactly the products that a step does are done by themselves: same shapes, same
+ * memory, same order. More steps follow in which each operation is timed. Prints one JSON object (bench/README.md). */
 #include <argp.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "clock.h"
 #include "cpu/backend.h"
 #include "learn.h"
+#include "measure.h"
+#include "trace.h"
 
 struct arguments {
   int hidden, heads, kv_heads, ffn, tokens, bits, abits, group, threads, steps;
@@ -72,115 +76,236 @@ static double flops(const struct products *products) {
   return sum;
 }
 
-static int ascending(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
-static double median(double *seconds, int count) {
-  qsort(seconds, (size_t)count, sizeof *seconds, ascending);
-  return seconds[count / 2];
-}
-
-static float uniform(uint32_t *state) { /* -1 .. 1 */
-  *state = *state * 1664525u + 1013904223u;
-  return (float)(*state >> 8) * 0x1p-23f - 1;
+static void fill(float *values, int64_t count, float spread) {
+  uint32_t state = 7;
+  for (int64_t i = 0; i < count; i++) values[i] = uniform(&state) * spread;
 }
 
 static void fill_image(const struct model *model, char *image) {
-  uint32_t state = 1;
   for (int i = 0; i < model->tensors; i++) {
     const struct block_tensor *tensor = &model->tensor[i];
-    float *values = (float *)(void *)(image + tensor->image_offset), spread = sqrtf(3.0f / (float)tensor->columns);
-    for (int64_t j = 0; j < tensor->rows * tensor->columns; j++) values[j] = tensor->dimensions == 1 ? 1 : uniform(&state) * spread;
+    float *values = (float *)(void *)(image + tensor->image_offset);
+    int64_t count = tensor->rows * tensor->columns;
+    if (tensor->dimensions == 2) fill(values, count, sqrtf(3.0f / (float)tensor->columns));
+    for (int64_t j = 0; tensor->dimensions == 1 && j < count; j++) values[j] = 1;
   }
 }
 
-int main(int argc, char **argv) {
-  struct arguments a = {576, 9, 3, 1536, 512, 3, 16, 64, 1, 30, false, false};
-  const struct argp argp = {options, parse, NULL, "Times a training step and its matrix products alone.", NULL, NULL, NULL};
-  argp_parse(&argp, argc, argv, 0, NULL, &a);
-
-  struct error error = {0};
+/* Everything that a step needs. */
+struct setup {
+  struct arguments arguments;
   struct model model;
+  struct recipe recipe;
+  struct world world;
+  struct kernels *backend;
+  struct kernels *traced; /* the backend, whose operations are noted in `trace` */
+  struct trace trace;
+  struct block block;
+  struct let_statistics statistics;
+  struct shard shard;
+  struct target target;
+  struct learner learner;
+  double *step_seconds;      /* [steps]; owns the next two */
+  double *product_seconds;   /* [steps] */
+  double *operation_seconds; /* [TRACE_COUNT + 1, steps]: each operation's, and last what lies between them */
+};
+
+enum { WARM_STEPS = 3 };
+
+static int all_steps(const struct arguments *a) {
+  return WARM_STEPS + 2 * a->steps;
+}
+
+static void set_recipe(struct setup *s) {
+  const struct arguments *a = &s->arguments;
+  recipe_init(&s->recipe);
+  s->recipe.wbits = a->bits;
+  s->recipe.activations.abits = a->abits;
+  s->recipe.group_size = a->group;
+  s->recipe.let = a->let;
+  s->recipe.stored_scale = false;
+  s->recipe.bf16_products = a->bf16;
+  s->recipe.epochs = all_steps(a);
+  s->recipe.samples = 1;
+}
+
+static int load_values(struct setup *s, struct error *error) {
+  int64_t elements = (int64_t)s->arguments.tokens * s->model.hidden;
+  char *image = calloc(1, s->model.image_bytes);
+  if (!image) return error_set(error, ERROR_WORK, "out of memory for a block");
+  fill_image(&s->model, image);
+  block_load(&s->block, image);
+  free(image);
+  fill((float *)s->learner.x_q, elements, 1);
+  fill((float *)s->target.x, elements, 1);
+  return 0;
+}
+
+static int setup_open(struct setup *s, struct error *error) {
+  const struct arguments *a = &s->arguments;
   char config[512];
+  struct block_use use = {.tokens = a->tokens, .effective = true, .quantized_inputs = a->abits < 16, .trained = true};
   snprintf(config, sizeof config,
            "{\"model_type\": \"llama\", \"num_hidden_layers\": 1, \"hidden_size\": %d, \"intermediate_size\": %d, "
            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"vocab_size\": 100}",
-           a.hidden, a.ffn, a.heads, a.kv_heads);
-  struct recipe recipe;
-  recipe_init(&recipe);
-  recipe.wbits = a.bits;
-  recipe.activations.abits = a.abits;
-  recipe.group_size = a.group;
-  recipe.let = a.let;
-  recipe.stored_scale = false;
-  recipe.bf16_products = a.bf16;
-  recipe.epochs = a.steps + 3;
-  recipe.samples = 1;
-  struct world world = {.size = 1, .local_size = 1};
-  struct kernels *k = kernels_open("cpu", a.threads, 0, &error);
-  char *image = NULL;
-  double *step_seconds = NULL, *product_seconds = NULL;
-  struct block block;
-  struct block_use use = {.tokens = a.tokens, .effective = true, .quantized_inputs = a.abits < 16, .trained = true};
-  struct let_statistics statistics;
-  struct shard shard;
-  if (error.code || model_parse(&model, config, "config", &error) || block_init(&block, &model, k, &use, &error) ||
-      let_statistics_init(&statistics, &model, k, &error))
-    goto fail;
-  shard_init(&shard, 1, 1, 0, 1);
-  int64_t elements = (int64_t)a.tokens * a.hidden;
-  struct target target = {.world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics};
-  struct learner learner = {.recipe = &recipe, .world = &world, .k = k, .block = &block, .shard = &shard, .target = &target};
-  target.x = k->allocate(k, (size_t)elements * 4);
-  image = calloc(1, model.image_bytes);
-  step_seconds = calloc((size_t)a.steps, sizeof *step_seconds);
-  product_seconds = calloc((size_t)a.steps, sizeof *product_seconds);
-  if (!image || !target.x || !step_seconds || !product_seconds || target_init(&target, &error) || learner_init(&learner, &error)) goto fail;
-  fill_image(&model, image);
-  block_load(&block, image);
-  uint32_t state = 7;
-  for (int64_t i = 0; i < elements; i++) ((float *)learner.x_q)[i] = ((float *)target.x)[i] = uniform(&state);
-  target_pass(&target, true);
+           a->hidden, a->ffn, a->heads, a->kv_heads);
+  set_recipe(s);
+  s->world = (struct world){.size = 1, .local_size = 1};
+  struct kernels *backend = s->backend = kernels_open("cpu", a->threads, 0, error);
+  if (!backend || model_parse(&s->model, config, "config", error)) return error->code;
+  struct kernels *k = s->traced = trace_open(backend, backend->element_bytes, &s->trace);
+  if (!k) return error_set(error, ERROR_WORK, "out of memory for a trace");
+  if (block_init(&s->block, &s->model, k, &use, error) || let_statistics_init(&s->statistics, &s->model, k, error)) return error->code;
+  shard_init(&s->shard, 1, 1, 0, 1);
+  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
+  s->target.x = k->allocate(k, (size_t)a->tokens * (size_t)a->hidden * k->element_bytes);
+  size_t steps = (size_t)a->steps;
+  s->step_seconds = calloc((2 + TRACE_COUNT + 1) * steps, sizeof *s->step_seconds);
+  if (!s->target.x || !s->step_seconds) return error_set(error, ERROR_WORK, "out of memory for the samples");
+  s->product_seconds = s->step_seconds + steps;
+  s->operation_seconds = s->product_seconds + steps;
+  s->learner =
+      (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
+  if (target_init(&s->target, error) || learner_init(&s->learner, error)) return error->code;
+  return load_values(s, error);
+}
 
-  struct products products = {0};
-  block.quantizer = recipe.activations;
-  learner_start(&learner);
-  learner_begin(&learner);
-  for (int step = 0; step < 2; step++) learner_step(&learner, step, a.steps + 3);
-  k->state->observer = record;
-  k->state->observer_context = &products;
-  learner_step(&learner, 2, a.steps + 3);
-  k->state->observer = NULL;
-  for (int step = 0; step < a.steps; step++) { /* in turn, so that a noisy machine slows both */
-    double begin = now();
-    learner_step(&learner, step + 3, a.steps + 3);
-    double middle = now();
-    replay(k, &products, a.bf16);
-    step_seconds[step] = middle - begin;
-    product_seconds[step] = now() - middle;
+static void setup_close(struct setup *s) {
+  free(s->step_seconds);
+  if (!s->traced) {
+    if (s->backend) s->backend->close(s->backend);
+    return;
   }
-  double step = median(step_seconds, a.steps), alone = median(product_seconds, a.steps);
-  printf("{\"step_ms\": %.2f, \"products_ms\": %.2f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.2f, \"products_gflops\": %.1f, "
-         "\"threads\": %d, \"level\": \"%s\", \"bf16\": %s, \"abits\": %d, \"let\": %s}\n",
-         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9, a.threads, k->level,
-         a.bf16 ? "true" : "false", a.abits, a.let ? "true" : "false");
-  free(products.list);
-  free(image);
-  free(step_seconds);
-  free(product_seconds);
-  learner_free(&learner);
-  target_free(&target);
-  let_statistics_free(&statistics);
-  k->release(k, target.x);
-  block_free(&block);
-  k->close(k);
+  learner_free(&s->learner);
+  target_free(&s->target);
+  let_statistics_free(&s->statistics);
+  if (s->target.x) s->backend->release(s->backend, s->target.x);
+  block_free(&s->block);
+  s->traced->close(s->traced);
+  s->backend->close(s->backend);
+}
+
+/* The products of one step, in their order. */
+static void record_products(struct setup *s, struct products *products) {
+  struct backend *state = s->backend->state;
+  state->observer = record;
+  state->observer_context = products;
+  learner_step(&s->learner, WARM_STEPS - 1, all_steps(&s->arguments));
+  state->observer = NULL;
+}
+
+static void time_steps(struct setup *s, struct products *products) {
+  int steps = s->arguments.steps, all = all_steps(&s->arguments);
+  s->block.quantizer = s->recipe.activations;
+  target_pass(&s->target, true);
+  learner_start(&s->learner);
+  learner_begin(&s->learner);
+  for (int step = 0; step < WARM_STEPS - 1; step++) learner_step(&s->learner, step, all);
+  record_products(s, products);
+  for (int step = 0; step < steps; step++) { /* in turn, so that a noisy machine slows both */
+    double begin = now();
+    learner_step(&s->learner, WARM_STEPS + step, all);
+    double middle = now();
+    replay(s->backend, products, s->arguments.bf16);
+    s->step_seconds[step] = middle - begin;
+    s->product_seconds[step] = now() - middle;
+  }
+}
+
+/* Steps in which the time of each operation is kept. */
+static void time_operations(struct setup *s) {
+  int steps = s->arguments.steps, all = all_steps(&s->arguments);
+  for (int step = 0; step < steps; step++) {
+    memset(&s->trace, 0, sizeof s->trace);
+    double begin = now();
+    learner_step(&s->learner, WARM_STEPS + steps + step, all);
+    double rest = now() - begin;
+    for (int i = 0; i < TRACE_COUNT; i++) {
+      s->operation_seconds[i * steps + step] = s->trace.row[i].seconds;
+      rest -= s->trace.row[i].seconds;
+    }
+    s->operation_seconds[TRACE_COUNT * steps + step] = rest;
+  }
+}
+
+/* What the machine reaches with as many threads: bytes a second of a copy, each counted read and written, and flops a second of a large
+ * product. Raised by every measurement: before and after the steps, so that a machine whose speed drifts is not taken for slower than they. */
+struct limits {
+  double bandwidth;
+  double flops[2]; /* in fp32, and with operands rounded to bf16 */
+};
+
+static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, struct error *error) {
+  enum { SIDE = 1536, COPIED = 32 << 20, REPEATS = 8 };
+  float *a = k->allocate(k, 2 * (size_t)COPIED * sizeof *a), *b = a + COPIED;
+  if (!a) return error_set(error, ERROR_WORK, "out of memory for measuring the machine");
+  fill(a, COPIED, 1);
+  for (int i = 0; i < REPEATS; i++) { /* the first also brings the pages in */
+    double begin = now();
+    k->copy(k, b, a, (size_t)COPIED * sizeof *a);
+    limits->bandwidth = fmax(limits->bandwidth, 2.0 * COPIED * sizeof *a / (now() - begin));
+  }
+  for (int i = 0; i < (bf16 ? 2 : 1) * REPEATS; i++) {
+    double *fastest = &limits->flops[i / REPEATS], begin = now();
+    k->bf16_products = i >= REPEATS;
+    k->linear_forward(k, (data *)b, (const data *)a, (const data *)(a + (size_t)SIDE * SIDE), NULL, SIDE, SIDE, SIDE, false);
+    *fastest = fmax(*fastest, 2.0 * SIDE * SIDE * SIDE / (now() - begin));
+  }
+  k->bf16_products = false;
+  k->release(k, a);
   return 0;
-fail:
-  free(image);
-  free(step_seconds);
-  free(product_seconds);
-  fprintf(stderr, "step: %s\n", error.message);
-  return 1;
+}
+
+/* Of the latest step, and the medians of all. */
+static void print_operations(const struct setup *s, const struct limits *limits) {
+  int steps = s->arguments.steps;
+  double bounds = 0;
+  printf(", \"operations\": [");
+  for (int i = 0; i < TRACE_COUNT; i++) {
+    const struct trace_row *row = &s->trace.row[i];
+    double seconds = median(s->operation_seconds + (size_t)i * (size_t)steps, steps);
+    bool rounded = i >= TRACE_linear_forward_bf16 && i <= TRACE_linear_backward_weight_bf16;
+    double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops[rounded]);
+    if (row->calls == 0) continue;
+    bounds += bound;
+    printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.6g, \"mbyte\": %.6g, \"gflop\": %.6g, \"limit_ms\": %.6g}, ",
+           trace_name((enum trace_operation)i), row->calls, 1e3 * seconds, row->bytes / 1e6, row->flops / 1e9, 1e3 * bound);
+  }
+  printf("{\"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",
+         1e3 * median(s->operation_seconds + (size_t)TRACE_COUNT * (size_t)steps, steps));
+  printf(", \"limit_ms\": %.3f", 1e3 * bounds);
+}
+
+static int run(struct setup *s, struct error *error) {
+  const struct arguments *a = &s->arguments;
+  struct products products = {0};
+  struct limits limits = {0};
+  if (measure_limits(s->backend, a->bf16, &limits, error)) return error->code;
+  time_steps(s, &products);
+  time_operations(s);
+  if (measure_limits(s->backend, a->bf16, &limits, error)) goto end;
+  double step = median(s->step_seconds, a->steps), alone = median(s->product_seconds, a->steps);
+  printf("{\"step_ms\": %.3f, \"products_ms\": %.3f, \"ratio\": %.3f, \"products\": %zu, \"gflop\": %.3f, \"products_gflops\": %.1f, "
+         "\"sgemm_gflops\": %.1f, \"copy_gb_s\": %.1f, \"threads\": %d, \"level\": \"%s\", \"bf16\": %s, \"abits\": %d, \"let\": %s",
+         1e3 * step, 1e3 * alone, step / alone, products.count, flops(&products) / 1e9, flops(&products) / alone / 1e9,
+         limits.flops[a->bf16] / 1e9, limits.bandwidth / 1e9, a->threads, s->backend->level, a->bf16 ? "true" : "false", a->abits,
+         a->let ? "true" : "false");
+  print_operations(s, &limits);
+  printf("}\n");
+  s->backend->synchronize(s->backend, error);
+end:
+  free(products.list);
+  return error->code;
+}
+
+int main(int argc, char **argv) {
+  static struct setup setup = {.arguments = {576, 9, 3, 1536, 512, 3, 16, 64, 1, 30, false, false}};
+  struct error error = {0};
+  const struct argp argp = {options, parse, NULL, "Times a training step, its operations, and its matrix products alone.",
+                            NULL,    NULL,  NULL};
+  argp_parse(&argp, argc, argv, 0, NULL, &setup.arguments);
+  if (!setup_open(&setup, &error) && setup.step_seconds) run(&setup, &error);
+  setup_close(&setup);
+  if (error.code) fprintf(stderr, "step: %s\n", error.message);
+  return error.code;
 }
