@@ -1,6 +1,7 @@
 /* block_file.c: writing and reading one block's HDF5 file. Paths of datasets are relative to the group /block. */
 #include "block_file.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ enum {
   MAX_EXPERTS = 1 << 24  /* of a block, likewise */
 };
 static const int64_t MAX_SIZE = (int64_t)1 << 40; /* of a dimension: products of two stay below 2^63 after the check against bytes */
-static const char CALIBRATION[] = "calibration", RUN[] = "run";
+static const char CALIBRATION[] = "calibration", TIMING[] = "timing", PHASES[] = "phases", RUN[] = "run";
 
 /* The types of datasets. */
 enum element { ELEMENT_U8, ELEMENT_HALF, ELEMENT_F32 };
@@ -42,7 +43,7 @@ static int64_t linear_groups(const struct quantized_linear *linear) {
 static bool name_is_plain(const char *name, size_t size, bool folders) {
   size_t length = strnlen(name, size);
   if (length == 0 || length == size || name[0] == '/' || name[length - 1] == '/' || strstr(name, "//")) return false;
-  if (strcmp(name, ".") == 0 || strcmp(name, CALIBRATION) == 0) return false;
+  if (strcmp(name, ".") == 0 || strcmp(name, CALIBRATION) == 0 || strcmp(name, TIMING) == 0) return false;
   if (strncmp(name, "./", 2) == 0 || strstr(name, "/./") || (length > 1 && strcmp(name + length - 2, "/.") == 0)) return false;
   return folders || !strchr(name, '/');
 }
@@ -75,6 +76,24 @@ static bool kept_is_known(const char *kept) {
   return strcmp(kept, "rtn") == 0 || strcmp(kept, "start") == 0 || strcmp(kept, "end") == 0;
 }
 
+/* Checks the times, if there are any: a row a rank, a column a name. */
+static int timing_check(const struct hdf5_site *site, int code, const struct block_record *record) {
+  const struct named_array *timing = &record->timing;
+  int64_t names = 1;
+  if (!timing->values) return 0;
+  bool plain = strnlen(record->phases, sizeof record->phases) < sizeof record->phases && *record->phases &&
+               record->phases[strspn(record->phases, "abcdefghijklmnopqrstuvwxyz_,")] == 0;
+  for (const char *c = record->phases; plain && *c; c++) names += *c == ',';
+  if (!plain || timing->dimensions != 2 || timing->shape[0] != record->world_size || timing->shape[1] != names)
+    return error_set(site->error, code, "%s: timing: is not seconds of %d ranks in the phases '%s'", site->path, record->world_size,
+                     printable(record->phases).text);
+  for (int64_t i = 0; i < timing->shape[0] * timing->shape[1]; i++)
+    if (!isfinite(timing->values[i]) || timing->values[i] < 0)
+      return error_set(site->error, code, "%s: timing: rank %lld: %g seconds are no time", site->path, (long long)(i / names),
+                       (double)timing->values[i]);
+  return 0;
+}
+
 /* What is written must be what block_file_read accepts. */
 static int record_check(const struct hdf5_site *site, const struct block_record *record) {
   if (!kept_is_known(record->kept) || record->world_size < 1 || record->world_size > MAX_WORLD || record->skipped_steps < 0 ||
@@ -96,7 +115,7 @@ static int record_check(const struct hdf5_site *site, const struct block_record 
     for (int d = 0; good && d < array->dimensions; d++) good = array->shape[d] >= 0 && array->shape[d] <= MAX_SIZE;
     if (!good) return error_set(site->error, ERROR_WORK, "%s: %s: cannot be stored with this shape", site->path, array->name);
   }
-  return 0;
+  return timing_check(site, ERROR_WORK, record);
 bad_name:
   return error_set(site->error, ERROR_WORK, "%s: block %d has a linear or array whose name cannot be stored", site->path, record->index);
 }
@@ -182,6 +201,10 @@ static int block_write(const struct hdf5_site *site, hid_t file, const struct bl
     const struct named_array *array = &record->calibration[i];
     snprintf(path, sizeof path, "%s/%s", CALIBRATION, array->name);
     failed = dataset_write(site, block, path, ELEMENT_F32, array->dimensions, array->shape, array->values);
+  }
+  if (record->timing.values && !failed) {
+    failed = dataset_write(site, block, TIMING, ELEMENT_F32, record->timing.dimensions, record->timing.shape, record->timing.values);
+    if (!failed) failed = hdf5_write_text(site, block, TIMING, PHASES, record->phases);
   }
   hdf5_close(block);
   return failed;
@@ -403,19 +426,30 @@ static int array_read(struct reader *reader, const char *path, const char *name,
   return failed;
 }
 
+static int timing_read(struct reader *reader, struct block_record *record) {
+  char *phases = NULL;
+  int failed = array_read(reader, TIMING, TIMING, &record->timing);
+  if (!failed) failed = hdf5_read_text(&reader->site, reader->block, TIMING, PHASES, &phases);
+  if (!failed && strlen(phases) >= sizeof record->phases) failed = reader_refuse(reader, TIMING, "names too many phases");
+  if (!failed) snprintf(record->phases, sizeof record->phases, "%s", phases);
+  free(phases);
+  return failed ? failed : timing_check(&reader->site, ERROR_INPUT, record);
+}
+
 /* What an entry of /block is to the record. */
-enum part { PART_NONE, PART_LINEAR, PART_FOLDED, PART_CALIBRATION };
+enum part { PART_NONE, PART_LINEAR, PART_FOLDED, PART_CALIBRATION, PART_TIMING, PARTS };
 
 static enum part entry_part(const struct entry *entry) {
   size_t prefix = sizeof CALIBRATION - 1;
   if (strncmp(entry->path, CALIBRATION, prefix) == 0 && entry->path[prefix] == '/') return entry->group ? PART_NONE : PART_CALIBRATION;
   if (strchr(entry->path, '/') || strcmp(entry->path, CALIBRATION) == 0) return PART_NONE;
+  if (!entry->group && strcmp(entry->path, TIMING) == 0) return PART_TIMING;
   return entry->group ? PART_LINEAR : PART_FOLDED;
 }
 
 /* Reads everything that the walk found. Counts grow as entries are read, so that a record half read can be freed. */
 static int entries_read(struct reader *reader, struct block_record *record) {
-  size_t counts[4] = {0};
+  size_t counts[PARTS] = {0};
   for (size_t i = 0; i < reader->count; i++) counts[entry_part(&reader->entries[i])]++;
   record->linear = calloc(counts[PART_LINEAR] + 1, sizeof *record->linear);
   record->folded = calloc(counts[PART_FOLDED] + 1, sizeof *record->folded);
@@ -433,6 +467,7 @@ static int entries_read(struct reader *reader, struct block_record *record) {
     if (part == PART_LINEAR) failed = linear_read(reader, name, &record->linear[record->linears++]);
     if (part == PART_FOLDED) failed = array_read(reader, path, name, &record->folded[record->folded_arrays++]);
     if (part == PART_CALIBRATION) failed = array_read(reader, path, name, &record->calibration[record->calibration_arrays++]);
+    if (part == PART_TIMING) failed = timing_read(reader, record);
   }
   return failed;
 }
@@ -513,6 +548,7 @@ void block_record_free(struct block_record *record) {
   }
   for (int i = 0; i < record->folded_arrays; i++) free(record->folded[i].values);
   for (int i = 0; i < record->calibration_arrays; i++) free(record->calibration[i].values);
+  free(record->timing.values);
   free(record->linear);
   free(record->folded);
   free(record->calibration);

@@ -41,6 +41,8 @@ struct block_record {
   int untrained_experts;                 /* experts that saw no calibration token and were rounded to nearest */
   double seconds;                        /* wall time of the block */
   int world_size;                        /* ranks that calibrated it */
+  struct named_array timing; /* [world_size, phases] seconds of each rank in each phase; without values in files of earlier versions */
+  char phases[128];          /* their names, comma-separated: "wait,target"; empty without values */
   int linears;
   struct quantized_linear *linear; /* [linears] */
   int folded_arrays;

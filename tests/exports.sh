@@ -135,6 +135,7 @@ unwritable() { ! export_to shut/in llama_mha w4-asymmetric hf 2>said && grep -q 
 echo "# the page of what is stored, and the card of what is exported"
 report() {
   "$python" "$here/../tools/report.py" mixtral --output report.html && grep -q '</html>' report.html && grep -q 'experts.7.w1' report.html &&
+    grep -q '<td>steps</td><td>training</td>' report.html && grep -q '<title>measure: ' report.html &&
     [ "$(grep -o '<circle' report.html | wc -l)" -gt 10 ] # losses before and after, of two blocks, and more
 }
 check "a report" report
