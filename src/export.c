@@ -11,10 +11,12 @@
 #include "checkpoint.h"
 #include "printable.h"
 #include "recipe.h"
+#include "world.h"
 
 struct exporter {
   const struct export_options *options;
   const struct export_format *format;
+  struct world alone; /* without MPI: for signals */
   struct model model;
   struct checkpoint *checkpoint;
   struct store *store;
@@ -83,6 +85,12 @@ static int make_job(struct exporter *e, struct error *error) {
 /* ---- walking through the model's tensors ---- */
 
 typedef int visitor(void *state, const struct export_tensor *tensor, struct error *error);
+
+static int visit_unless_stopped(const struct exporter *e, const struct export_tensor *tensor, visitor *visit, void *state,
+                                struct error *error) {
+  if (world_stopping(&e->alone)) return error_set(error, ERROR_STOPPED, "stopped by a signal; nothing is left of the export");
+  return visit(state, tensor, error);
+}
 
 /* A quantized layer as it has to be stored; without codes. */
 static struct quantized_linear planned_linear(const struct exporter *e, int index) {
@@ -158,11 +166,12 @@ static int visit_tensor(const struct exporter *e, int block, int index, const st
     tensor.folded = e->recipe.let;
     if (record && find_folded(e, record, &tensor, error)) return error->code;
   }
-  return visit(state, &tensor, error);
+  return visit_unless_stopped(e, &tensor, visit, state, error);
 }
 
 static int visit_block(const struct exporter *e, int block, bool write, visitor *visit, void *state, struct error *error) {
   struct block_record record = {0};
+  if (write) checkpoint_test_delay(e->checkpoint);
   if (write && store_read_block(e->store, block, &record, error)) return error->code;
   for (int i = 0; i < e->model.tensors && !error->code; i++)
     if (first_part(&e->model, i)) visit_tensor(e, block, i, write ? &record : NULL, visit, state, error);
@@ -177,7 +186,7 @@ static int visit_outside(const struct exporter *e, visitor *visit, void *state, 
     struct export_tensor tensor = {.block = ABSENT, .index = ABSENT, .dimensions = source->dimensions, .source = source};
     snprintf(tensor.name, sizeof tensor.name, "%s", name);
     for (int d = 0; d < source->dimensions && d < 2; d++) tensor.shape[d] = source->shape[d];
-    visit(state, &tensor, error);
+    visit_unless_stopped(e, &tensor, visit, state, error);
   }
   return error->code;
 }
@@ -239,7 +248,8 @@ static int export_all(struct exporter *e, struct error *error) {
 }
 
 int export_model(const struct export_options *options, struct error *error) {
-  struct exporter exporter = {.options = options};
+  struct exporter exporter = {.options = options, .alone = {.size = 1}};
+  world_catch_signals(&exporter.alone);
   export_all(&exporter, error);
   store_close(exporter.store, error);
   checkpoint_close(exporter.checkpoint);

@@ -20,7 +20,7 @@ struct export_options {
 };
 
 /* One process, without MPI. Memory: one block's codes, and one tensor. On failure nothing is left. ERROR_INPUT with what fits instead for
- * a store that the format cannot hold, before anything is written. */
+ * a store that the format cannot hold, before anything is written; ERROR_STOPPED after SIGTERM or SIGINT. */
 int export_model(const struct export_options *options, struct error *error);
 
 #endif
