@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BLUE, RED, GREY = "#2f6f8f", "#b5533c", "#999999"
-PARTS = {"products": "matrix products of linear layers", "attention": "attention", "quantizer": "quantizer", "activation": "activation", "norms": "norms"}
+PARTS = {"products": "matrix products of linear layers", "attention": "attention", "quantizer": "quantizer", "activations": "activations", "norms": "norms"}
 # The others are small, and drawn as one.
 
 

@@ -268,11 +268,14 @@ static void print_operations(const struct setup *s, const struct limits *limits)
     double bound = fmax(row->bytes / limits->bandwidth, row->flops / limits->flops[rounded]);
     if (row->calls == 0) continue;
     bounds += bound;
-    printf("{\"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.6g, \"mbyte\": %.6g, \"gflop\": %.6g, \"limit_ms\": %.6g}, ",
-           trace_name((enum trace_operation)i), row->calls, 1e3 * seconds, row->bytes / 1e6, row->flops / 1e9, 1e3 * bound);
+    printf(
+        "{\"part\": \"%s\", \"operation\": \"%s\", \"calls\": %.0f, \"ms\": %.6g, \"mbyte\": %.6g, \"gflop\": %.6g, \"limit_ms\": %.6g}, ",
+        trace_part_name(trace_part((enum trace_operation)i)), trace_name((enum trace_operation)i), row->calls, 1e3 * seconds,
+        row->bytes / 1e6, row->flops / 1e9, 1e3 * bound);
   }
-  printf("{\"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",
-         1e3 * median(s->operation_seconds + (size_t)TRACE_COUNT * (size_t)steps, steps));
+  printf(
+      "{\"part\": \"rest\", \"operation\": \"rest\", \"calls\": null, \"ms\": %.4f, \"mbyte\": null, \"gflop\": null, \"limit_ms\": null}]",
+      1e3 * median(s->operation_seconds + (size_t)TRACE_COUNT * (size_t)steps, steps));
   printf(", \"limit_ms\": %.3f", 1e3 * bounds);
 }
 

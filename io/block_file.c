@@ -1,6 +1,7 @@
 /* block_file.c: writing and reading one block's HDF5 file. Paths of datasets are relative to the group /block. */
 #include "block_file.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +16,7 @@ enum {
   MAX_EXPERTS = 1 << 24  /* of a block, likewise */
 };
 static const int64_t MAX_SIZE = (int64_t)1 << 40; /* of a dimension: products of two stay below 2^63 after the check against bytes */
-static const char CALIBRATION[] = "calibration", RUN[] = "run";
+static const char CALIBRATION[] = "calibration", TIMING[] = "timing", PHASES[] = "phases", RUN[] = "run";
 
 /* The types of datasets. */
 enum element { ELEMENT_U8, ELEMENT_HALF, ELEMENT_F32 };
@@ -42,7 +43,7 @@ static int64_t linear_groups(const struct quantized_linear *linear) {
 static bool name_is_plain(const char *name, size_t size, bool folders) {
   size_t length = strnlen(name, size);
   if (length == 0 || length == size || name[0] == '/' || name[length - 1] == '/' || strstr(name, "//")) return false;
-  if (strcmp(name, ".") == 0 || strcmp(name, CALIBRATION) == 0) return false;
+  if (strcmp(name, ".") == 0 || strcmp(name, CALIBRATION) == 0 || strcmp(name, TIMING) == 0) return false;
   if (strncmp(name, "./", 2) == 0 || strstr(name, "/./") || (length > 1 && strcmp(name + length - 2, "/.") == 0)) return false;
   return folders || !strchr(name, '/');
 }
@@ -75,7 +76,25 @@ static bool kept_is_known(const char *kept) {
   return strcmp(kept, "rtn") == 0 || strcmp(kept, "start") == 0 || strcmp(kept, "end") == 0;
 }
 
-/* What is written must be what block_file_read accepts. */
+/* Checks the times, if there are any: a row a rank, a column a name. */
+static int timing_check(const struct hdf5_site *site, int code, const struct block_record *record) {
+  const struct named_array *timing = &record->timing;
+  int64_t names = 1;
+  if (!timing->values) return 0;
+  bool plain = strnlen(record->phases, sizeof record->phases) < sizeof record->phases && *record->phases &&
+               record->phases[strspn(record->phases, "abcdefghijklmnopqrstuvwxyz_,")] == 0;
+  for (const char *c = record->phases; plain && *c; c++) names += *c == ',';
+  if (!plain || timing->dimensions != 2 || timing->shape[0] != record->world_size || timing->shape[1] != names)
+    return error_set(site->error, code, "%s: timing: is not seconds of %d ranks in the phases '%s'", site->path, record->world_size,
+                     printable(record->phases).text);
+  for (int64_t i = 0; i < timing->shape[0] * timing->shape[1]; i++)
+    if (!isfinite(timing->values[i]) || timing->values[i] < 0)
+      return error_set(site->error, code, "%s: timing: rank %lld: %g seconds are no time", site->path, (long long)(i / names),
+                       (double)timing->values[i]);
+  return 0;
+}
+
+/* What is written must be what block_file_open and what follows it accept. */
 static int record_check(const struct hdf5_site *site, const struct block_record *record) {
   if (!kept_is_known(record->kept) || record->world_size < 1 || record->world_size > MAX_WORLD || record->skipped_steps < 0 ||
       record->untrained_experts < 0 || record->untrained_experts > MAX_EXPERTS) {
@@ -96,7 +115,7 @@ static int record_check(const struct hdf5_site *site, const struct block_record 
     for (int d = 0; good && d < array->dimensions; d++) good = array->shape[d] >= 0 && array->shape[d] <= MAX_SIZE;
     if (!good) return error_set(site->error, ERROR_WORK, "%s: %s: cannot be stored with this shape", site->path, array->name);
   }
-  return 0;
+  return timing_check(site, ERROR_WORK, record);
 bad_name:
   return error_set(site->error, ERROR_WORK, "%s: block %d has a linear or array whose name cannot be stored", site->path, record->index);
 }
@@ -183,6 +202,10 @@ static int block_write(const struct hdf5_site *site, hid_t file, const struct bl
     snprintf(path, sizeof path, "%s/%s", CALIBRATION, array->name);
     failed = dataset_write(site, block, path, ELEMENT_F32, array->dimensions, array->shape, array->values);
   }
+  if (record->timing.values && !failed) {
+    failed = dataset_write(site, block, TIMING, ELEMENT_F32, record->timing.dimensions, record->timing.shape, record->timing.values);
+    if (!failed) failed = hdf5_write_text(site, block, TIMING, PHASES, record->phases);
+  }
   hdf5_close(block);
   return failed;
 }
@@ -220,21 +243,21 @@ struct entry {
   bool group;
 };
 
-struct reader {
-  struct hdf5_site site;
-  hid_t block;
+struct block_file {
+  struct hdf5_site site; /* path owned; the error of the call at work */
+  hid_t file, block;
   int64_t file_bytes;
   int64_t budget_bytes; /* may still be allocated: no honest dataset is larger than its file */
   struct entry *entries;
   size_t count, capacity;
 };
 
-static int reader_refuse(const struct reader *reader, const char *object, const char *what) {
+static int reader_refuse(const struct block_file *reader, const char *object, const char *what) {
   return error_set(reader->site.error, ERROR_INPUT, "%s: %s: %s; the file is damaged or was not made by this program", reader->site.path,
                    printable(object).text, what);
 }
 
-static struct entry *reader_grow(struct reader *reader) {
+static struct entry *reader_grow(struct block_file *reader) {
   if (reader->count == reader->capacity) {
     size_t capacity = reader->capacity ? 2 * reader->capacity : 64;
     struct entry *grown = realloc(reader->entries, capacity * sizeof *grown);
@@ -250,7 +273,7 @@ static struct entry *reader_grow(struct reader *reader) {
 
 /* Called by H5Lvisit for each link below /block, before it goes into a group: the limit on the path also limits the depth. */
 static herr_t entry_add(hid_t block, const char *path, const H5L_info_t *info, void *data) {
-  struct reader *reader = data;
+  struct block_file *reader = data;
   if (info->type != H5L_TYPE_HARD) return reader_refuse(reader, path, "is a link to elsewhere"), -1;
   if (strlen(path) >= PATH_BYTES) return reader_refuse(reader, path, "has too long a name"), -1;
   hid_t object = H5Oopen(block, path, H5P_DEFAULT);
@@ -266,8 +289,8 @@ static herr_t entry_add(hid_t block, const char *path, const H5L_info_t *info, v
 }
 
 /* Opens /block of the file, which must be in this file and not a link out of it. */
-static int reader_open(struct reader *reader, hid_t file) {
-  reader->block = hdf5_open_group(&reader->site, file, "block");
+static int reader_open(struct block_file *reader) {
+  reader->block = hdf5_open_group(&reader->site, reader->file, "block");
   if (reader->block < 0) return reader->site.error->code;
   if (H5Lvisit(reader->block, H5_INDEX_NAME, H5_ITER_INC, entry_add, reader) < 0) return hdf5_read_failed(&reader->site, "block");
   return 0;
@@ -275,7 +298,7 @@ static int reader_open(struct reader *reader, hid_t file) {
 
 /* The one storage that is written here: chunks with a checksum and nothing else, every one of them there. Anything else could lead to
  * other files, to plug-ins, or to data far larger than the file. */
-static bool storage_is_ours(const struct reader *reader, hid_t dataset, int dimensions, int64_t bytes, size_t size) {
+static bool storage_is_ours(const struct block_file *reader, hid_t dataset, int dimensions, int64_t bytes, size_t size) {
   hid_t creation = H5Dget_create_plist(dataset);
   hsize_t chunk[2] = {1, 1};
   unsigned flags = 0, settings = 0;
@@ -290,8 +313,8 @@ static bool storage_is_ours(const struct reader *reader, hid_t dataset, int dime
 }
 
 /* Checks an open dataset and gives its shape and its bytes. */
-static int dataset_check(struct reader *reader, hid_t dataset, const char *path, enum element element, int *dimensions, int64_t shape[2],
-                         int64_t *bytes) {
+static int dataset_check(struct block_file *reader, hid_t dataset, const char *path, enum element element, int *dimensions,
+                         int64_t shape[2], int64_t *bytes) {
   hsize_t extent[2] = {1, 1};
   hid_t wanted = element_type(element, false), type = H5Dget_type(dataset), space = H5Dget_space(dataset);
   bool same = wanted >= 0 && type >= 0 && H5Tequal(type, wanted) > 0;
@@ -315,7 +338,8 @@ static int dataset_check(struct reader *reader, hid_t dataset, const char *path,
 }
 
 /* Reads one dataset into memory of its own; *values stays NULL on failure. */
-static int dataset_read(struct reader *reader, const char *path, enum element element, int *dimensions, int64_t shape[2], void **values) {
+static int dataset_read(struct block_file *reader, const char *path, enum element element, int *dimensions, int64_t shape[2],
+                        void **values) {
   int64_t bytes = 0;
   hid_t memory = -1, dataset = H5Dopen2(reader->block, path, H5P_DEFAULT);
   void *buffer = NULL;
@@ -342,7 +366,7 @@ done:
 }
 
 /* Reads a dataset NAME/PART of a linear, whose shape is known by then. */
-static int part_read(struct reader *reader, const struct quantized_linear *linear, const char *part, enum element element, int64_t rows,
+static int part_read(struct block_file *reader, const struct quantized_linear *linear, const char *part, enum element element, int64_t rows,
                      int64_t columns, void **values) {
   char path[PATH_BYTES], message[160];
   int dimensions = 0;
@@ -356,7 +380,7 @@ static int part_read(struct reader *reader, const struct quantized_linear *linea
 }
 
 /* Rows of NAME/codes: the only place that says how many outputs there are. */
-static int rows_read(struct reader *reader, struct quantized_linear *linear) {
+static int rows_read(struct block_file *reader, struct quantized_linear *linear) {
   char path[PATH_BYTES];
   int dimensions;
   int64_t shape[2] = {0}, bytes = 0;
@@ -369,10 +393,10 @@ static int rows_read(struct reader *reader, struct quantized_linear *linear) {
   return failed;
 }
 
-static int linear_read(struct reader *reader, const char *name, struct quantized_linear *linear) {
+/* A linear's numbers; it has no arrays yet. */
+static int linear_describe(struct block_file *reader, const char *name, struct quantized_linear *linear) {
   const struct hdf5_site *site = &reader->site;
   int64_t bits = 0, symmetric = 0;
-  void *values = NULL;
   memcpy(linear->name, name, strlen(name) + 1); /* fits, says entries_read */
   int failed = hdf5_read_integer(site, reader->block, name, "bits", 2, 8, &bits);
   if (!failed) failed = hdf5_read_integer(site, reader->block, name, "group_size", 1, MAX_SIZE, &linear->group_size);
@@ -381,10 +405,13 @@ static int linear_read(struct reader *reader, const char *name, struct quantized
   if (!failed) failed = rows_read(reader, linear);
   linear->bits = (int)bits;
   linear->symmetric = symmetric != 0;
-  if (!failed) failed = linear_check(site, ERROR_INPUT, linear);
-  if (failed) return failed;
+  return failed ? failed : linear_check(site, ERROR_INPUT, linear);
+}
+
+static int linear_fill(struct block_file *reader, struct quantized_linear *linear) {
   int64_t rows = linear->out_features, groups = linear_groups(linear);
-  failed = part_read(reader, linear, "codes", ELEMENT_U8, rows, packed_row_bytes(linear->in_features, linear->bits), &values);
+  void *values = NULL;
+  int failed = part_read(reader, linear, "codes", ELEMENT_U8, rows, packed_row_bytes(linear->in_features, linear->bits), &values);
   linear->codes = values;
   values = NULL;
   if (!failed) failed = part_read(reader, linear, "scale", ELEMENT_HALF, rows, groups, &values);
@@ -392,10 +419,10 @@ static int linear_read(struct reader *reader, const char *name, struct quantized
   values = NULL;
   if (!failed) failed = part_read(reader, linear, "zero_point", ELEMENT_U8, rows, groups, &values);
   linear->zero_point = values;
-  return failed ? failed : values_check(site, ERROR_INPUT, linear);
+  return failed ? failed : values_check(&reader->site, ERROR_INPUT, linear);
 }
 
-static int array_read(struct reader *reader, const char *path, const char *name, struct named_array *array) {
+static int array_read(struct block_file *reader, const char *path, const char *name, struct named_array *array) {
   void *values = NULL;
   memcpy(array->name, name, strlen(name) + 1); /* fits, says entries_read */
   int failed = dataset_read(reader, path, ELEMENT_F32, &array->dimensions, array->shape, &values);
@@ -403,42 +430,57 @@ static int array_read(struct reader *reader, const char *path, const char *name,
   return failed;
 }
 
+static int timing_read(struct block_file *reader, struct block_record *record) {
+  char *phases = NULL;
+  int failed = array_read(reader, TIMING, TIMING, &record->timing);
+  if (!failed) failed = hdf5_read_text(&reader->site, reader->block, TIMING, PHASES, &phases);
+  if (!failed && strlen(phases) >= sizeof record->phases) failed = reader_refuse(reader, TIMING, "names too many phases");
+  if (!failed) snprintf(record->phases, sizeof record->phases, "%s", phases);
+  free(phases);
+  return failed ? failed : timing_check(&reader->site, ERROR_INPUT, record);
+}
+
 /* What an entry of /block is to the record. */
-enum part { PART_NONE, PART_LINEAR, PART_FOLDED, PART_CALIBRATION };
+enum part { PART_NONE, PART_LINEAR, PART_FOLDED, PART_CALIBRATION, PART_TIMING, PARTS };
 
 static enum part entry_part(const struct entry *entry) {
   size_t prefix = sizeof CALIBRATION - 1;
   if (strncmp(entry->path, CALIBRATION, prefix) == 0 && entry->path[prefix] == '/') return entry->group ? PART_NONE : PART_CALIBRATION;
   if (strchr(entry->path, '/') || strcmp(entry->path, CALIBRATION) == 0) return PART_NONE;
+  if (!entry->group && strcmp(entry->path, TIMING) == 0) return PART_TIMING;
   return entry->group ? PART_LINEAR : PART_FOLDED;
 }
 
-/* Reads everything that the walk found. Counts grow as entries are read, so that a record half read can be freed. */
-static int entries_read(struct reader *reader, struct block_record *record) {
-  size_t counts[4] = {0};
-  for (size_t i = 0; i < reader->count; i++) counts[entry_part(&reader->entries[i])]++;
-  record->linear = calloc(counts[PART_LINEAR] + 1, sizeof *record->linear);
-  record->folded = calloc(counts[PART_FOLDED] + 1, sizeof *record->folded);
-  record->calibration = calloc(counts[PART_CALIBRATION] + 1, sizeof *record->calibration);
-  if (!record->linear || !record->folded || !record->calibration) {
-    return error_set(reader->site.error, ERROR_WORK, "%s: out of memory", reader->site.path);
-  }
+/* Reads the parts of the walk that are wanted. Counts grow as entries are read, so that a record half read can be freed. */
+static int entries_read(struct block_file *reader, struct block_record *record, bool calibration) {
   int failed = 0;
   for (size_t i = 0; i < reader->count && !failed; i++) {
     const char *path = reader->entries[i].path;
     enum part part = entry_part(&reader->entries[i]);
     const char *name = part == PART_CALIBRATION ? path + sizeof CALIBRATION : path;
-    if (part == PART_NONE) continue;
+    if (part == PART_NONE || (part == PART_CALIBRATION) != calibration) continue;
     if (strlen(name) >= sizeof record->linear->name) return reader_refuse(reader, path, "has too long a name");
-    if (part == PART_LINEAR) failed = linear_read(reader, name, &record->linear[record->linears++]);
+    if (part == PART_LINEAR) failed = linear_describe(reader, name, &record->linear[record->linears++]);
     if (part == PART_FOLDED) failed = array_read(reader, path, name, &record->folded[record->folded_arrays++]);
     if (part == PART_CALIBRATION) failed = array_read(reader, path, name, &record->calibration[record->calibration_arrays++]);
+    if (part == PART_TIMING) failed = timing_read(reader, record);
   }
   return failed;
 }
 
+/* Room for everything that the walk found. */
+static int record_allocate(const struct block_file *reader, struct block_record *record) {
+  size_t counts[PARTS] = {0};
+  for (size_t i = 0; i < reader->count; i++) counts[entry_part(&reader->entries[i])]++;
+  record->linear = calloc(counts[PART_LINEAR] + 1, sizeof *record->linear);
+  record->folded = calloc(counts[PART_FOLDED] + 1, sizeof *record->folded);
+  record->calibration = calloc(counts[PART_CALIBRATION] + 1, sizeof *record->calibration);
+  if (record->linear && record->folded && record->calibration) return 0;
+  return error_set(reader->site.error, ERROR_WORK, "%s: out of memory", reader->site.path);
+}
+
 /* Files made before there was this attribute have no experts. */
-static int untrained_read(struct reader *reader, int *untrained) {
+static int untrained_read(struct block_file *reader, int *untrained) {
   static const char name[] = "untrained_experts";
   int64_t value = 0;
   int failed = 0;
@@ -447,7 +489,7 @@ static int untrained_read(struct reader *reader, int *untrained) {
   return failed;
 }
 
-static int attributes_read(struct reader *reader, int index, struct block_record *record) {
+static int attributes_read(struct block_file *reader, int index, struct block_record *record) {
   const struct hdf5_site *site = &reader->site;
   hid_t block = reader->block;
   int64_t stored = 0, world = 0;
@@ -480,39 +522,93 @@ static int run_read(const struct hdf5_site *site, hid_t file, struct store_info 
   return failed;
 }
 
-static int record_read(struct reader *reader, hid_t file, int index, struct block_record *record) {
-  int failed = reader_open(reader, file);
-  if (!failed) failed = attributes_read(reader, index, record);
-  if (!failed) failed = entries_read(reader, record);
-  hdf5_close(reader->block);
-  free(reader->entries);
-  if (failed) block_record_free(record);
-  return failed;
-}
-
-int block_file_read(const char *path, int index, struct block_record *record, struct store_info *info, struct error *error) {
-  struct reader reader = {.site = {path, error}, .block = -1};
+int block_file_read_info(const char *path, struct store_info *info, struct error *error) {
+  struct hdf5_site site = {path, error};
+  int64_t bytes;
   *info = (struct store_info){0};
-  if (record) *record = (struct block_record){0};
   hdf5_enter();
-  hid_t file = hdf5_open(&reader.site, &reader.file_bytes);
-  reader.budget_bytes = reader.file_bytes;
-  int failed = file < 0 ? error->code : run_read(&reader.site, file, info);
-  if (!failed && record) failed = record_read(&reader, file, index, record);
+  hid_t file = hdf5_open(&site, &bytes);
+  int failed = file < 0 ? error->code : run_read(&site, file, info);
   hdf5_close(file);
   hdf5_leave();
   if (failed) store_info_free(info);
   return failed;
 }
 
-void block_record_free(struct block_record *record) {
-  for (int i = 0; i < record->linears; i++) {
-    free(record->linear[i].codes);
-    free(record->linear[i].scale);
-    free(record->linear[i].zero_point);
+static int record_open(struct block_file *reader, int index, struct block_record *record, struct store_info *info) {
+  reader->file = hdf5_open(&reader->site, &reader->file_bytes);
+  reader->budget_bytes = reader->file_bytes;
+  int failed = reader->file < 0 ? reader->site.error->code : run_read(&reader->site, reader->file, info);
+  if (!failed) failed = reader_open(reader);
+  if (!failed) failed = attributes_read(reader, index, record);
+  if (!failed) failed = record_allocate(reader, record);
+  return failed ? failed : entries_read(reader, record, false);
+}
+
+int block_file_open(const char *path, int index, struct block_file **file, struct block_record *record, struct store_info *info,
+                    struct error *error) {
+  struct block_file *reader = *file = calloc(1, sizeof *reader);
+  *info = (struct store_info){0};
+  *record = (struct block_record){0};
+  if (reader) *reader = (struct block_file){.site = {strdup(path), error}, .file = -1, .block = -1};
+  if (!reader || !reader->site.path) {
+    error_set(error, ERROR_WORK, "%s: out of memory", path);
+  } else {
+    hdf5_enter();
+    record_open(reader, index, record, info);
+    hdf5_leave();
   }
+  if (!error->code) return 0;
+  block_file_close(reader);
+  *file = NULL;
+  block_record_free(record);
+  store_info_free(info);
+  return error->code;
+}
+
+int block_file_read_linear(struct block_file *reader, struct quantized_linear *linear, struct error *error) {
+  reader->site.error = error;
+  reader->budget_bytes = reader->file_bytes;
+  hdf5_enter();
+  int failed = linear_fill(reader, linear);
+  hdf5_leave();
+  if (failed) quantized_linear_free(linear);
+  return failed;
+}
+
+int block_file_read_calibration(struct block_file *reader, struct block_record *record, struct error *error) {
+  reader->site.error = error;
+  reader->budget_bytes = reader->file_bytes;
+  hdf5_enter();
+  int failed = entries_read(reader, record, true);
+  hdf5_leave();
+  return failed;
+}
+
+void block_file_close(struct block_file *reader) {
+  if (!reader) return;
+  hdf5_enter();
+  hdf5_close(reader->block);
+  hdf5_close(reader->file);
+  hdf5_leave();
+  free(reader->entries);
+  free((char *)reader->site.path);
+  free(reader);
+}
+
+void quantized_linear_free(struct quantized_linear *linear) {
+  free(linear->codes);
+  free(linear->scale);
+  free(linear->zero_point);
+  linear->codes = linear->zero_point = NULL;
+  linear->scale = NULL;
+}
+
+void block_record_free(struct block_record *record) {
+  for (int i = 0; i < record->linears; i++) quantized_linear_free(&record->linear[i]);
   for (int i = 0; i < record->folded_arrays; i++) free(record->folded[i].values);
   for (int i = 0; i < record->calibration_arrays; i++) free(record->calibration[i].values);
+  free(record->timing.values);
   free(record->linear);
   free(record->folded);
   free(record->calibration);

@@ -10,11 +10,17 @@
 int block_file_make(const char *path, const struct block_record *record, const struct store_info *info, struct hdf5_image *image,
                     struct error *error);
 
-/* Reads the file of block `index`, every checksum, shape and number checked; nothing larger than the file is allocated.
- * Linears and arrays come in order of name. On failure (ERROR_INPUT) the record and info are empty. */
-int block_file_read(
-    const char *path, int index, struct block_record *record, /* NULL: only info is read */
-    struct store_info *info, /* receives the run's attributes, store_info_free; without blocks in files of earlier versions */
-    struct error *error);
+/* Of which run a file is. `info` receives the run's attributes, store_info_free; without blocks in files of earlier versions. On failure
+ * (ERROR_INPUT) it is empty. */
+int block_file_read_info(const char *path, struct store_info *info, struct error *error);
+
+/* Opens the file of block `index`, every checksum, shape and number checked of what is read; nothing larger than the file is allocated. The
+ * record receives linears and folded arrays in order of name; linears without what they point to, and not what calibration learned. On
+ * failure (ERROR_INPUT) all that is received is empty. */
+int block_file_open(const char *path, int index, struct block_file **file, /* receives the file, block_file_close (store.h) */
+                    struct block_record *record, struct store_info *info, struct error *error);
+
+/* Adds to its record what calibration learned, in order of name. */
+int block_file_read_calibration(struct block_file *file, struct block_record *record, struct error *error);
 
 #endif

@@ -190,7 +190,7 @@ static void info_from_blocks(const struct store *store, struct store_info *info,
     struct error damaged = {0};
     char *path = path_join(folder, entry->d_name, &damaged);
     if (path && strspn(entry->d_name, "0123456789") == 4 && strcmp(entry->d_name + 4, ".h5") == 0)
-      *found = !block_file_read(path, atoi(entry->d_name), NULL, info, &damaged) && info->blocks > 0;
+      *found = !block_file_read_info(path, info, &damaged) && info->blocks > 0;
     free(path);
   }
   if (stream) closedir(stream);
@@ -354,23 +354,40 @@ static int block_check_run(const struct store *store, const char *path, const st
   return error_set(error, ERROR_INPUT, "%s: belongs to another run than %s/%s: %s", path, store->folder, MASTER, difference);
 }
 
-int store_read_block(struct store *store, int index, struct block_record *record, struct error *error) {
+/* Opens a block that is there, and that is of this run. */
+static int block_open(const struct store *store, const char *path, int index, struct block_file **file, struct block_record *record,
+                      struct error *error) {
+  struct store_info of_block;
+  if (!store_has_block(store, index))
+    return error_set(error, ERROR_INPUT, "%s: is not there: block %d was not calibrated, or not to its end", path, index);
+  if (block_file_open(path, index, file, record, &of_block, error)) return error->code;
+  if (block_check_run(store, path, &of_block, error)) {
+    block_file_close(*file);
+    *file = NULL;
+    block_record_free(record);
+  }
+  store_info_free(&of_block);
+  return error->code;
+}
+
+int store_open_block(struct store *store, int index, struct block_file **file, struct block_record *record, struct error *error) {
+  *file = NULL;
   *record = (struct block_record){0};
   if (index_check(store, index, ERROR_INPUT, error)) return error->code;
   char *path = path_join(store->folder, block_name(index).text, error);
-  int failed = error->code;
-  if (path && !store_has_block(store, index)) {
-    failed = error_set(error, ERROR_INPUT, "%s: is not there: block %d was not calibrated, or not to its end", path, index);
-  } else if (path) {
-    struct store_info of_block;
-    failed = block_file_read(path, index, record, &of_block, error);
-    if (!failed && block_check_run(store, path, &of_block, error)) {
-      block_record_free(record);
-      failed = error->code;
-    }
-    store_info_free(&of_block);
-  }
+  if (path) block_open(store, path, index, file, record, error);
   free(path);
+  return error->code;
+}
+
+int store_read_block(struct store *store, int index, struct block_record *record, struct error *error) {
+  struct block_file *file;
+  if (store_open_block(store, index, &file, record, error)) return error->code;
+  int failed = 0;
+  for (int i = 0; i < record->linears && !failed; i++) failed = block_file_read_linear(file, &record->linear[i], error);
+  if (!failed) failed = block_file_read_calibration(file, record, error);
+  block_file_close(file);
+  if (failed) block_record_free(record);
   return failed;
 }
 

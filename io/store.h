@@ -41,6 +41,8 @@ struct block_record {
   int untrained_experts;                 /* experts that saw no calibration token and were rounded to nearest */
   double seconds;                        /* wall time of the block */
   int world_size;                        /* ranks that calibrated it */
+  struct named_array timing; /* [world_size, phases] seconds of each rank in each phase; without values in files of earlier versions */
+  char phases[128];          /* their names, comma-separated: "wait,target"; empty without values */
   int linears;
   struct quantized_linear *linear; /* [linears] */
   int folded_arrays;
@@ -48,6 +50,9 @@ struct block_record {
   int calibration_arrays;
   struct named_array *calibration; /* [calibration_arrays] stored in /block/calibration */
 };
+
+/* Frees what the linear points to, and leaves it without. */
+void quantized_linear_free(struct quantized_linear *linear);
 
 /* Frees what the record points to and zeroes it. */
 void block_record_free(struct block_record *record);
@@ -104,6 +109,18 @@ int block_image_make(struct block_image *image, const struct block_record *recor
 /* Writes one block: temporary file, fsync, rename, fsync of the folder, then its link in the master file. ERROR_WORK on failure: what was stored
  * before stays whole. */
 int store_write_block(struct store *store, const struct block_image *image, struct error *error);
+
+/* One stored block that is open, to be read a linear at a time. The record receives all but what its linears point to and what calibration
+ * learned; otherwise as store_read_block. */
+struct block_file;
+int store_open_block(struct store *store, int index, struct block_file **file, struct block_record *record, /* block_record_free */
+                     struct error *error);
+
+/* Reads what one of its record's linears points to; quantized_linear_free, or block_record_free. */
+int block_file_read_linear(struct block_file *file, struct quantized_linear *linear, struct error *error);
+
+/* NULL is allowed. */
+void block_file_close(struct block_file *file);
 
 /* Reads one block, checksums verified, shapes checked against each other, and that it is of this run; linears and arrays come in order of
  * name. Errors name the file and the dataset. */

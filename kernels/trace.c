@@ -19,10 +19,26 @@ struct backend {
 static const uintptr_t NOWHERE = (uintptr_t)1 << 46; /* beyond what a process has */
 
 const char *trace_name(enum trace_operation operation) {
-#define NAME(name) #name,
+#define NAME(name, part) #name,
   static const char *const names[] = {TRACE_OPERATIONS(NAME)};
 #undef NAME
   return names[operation];
+}
+
+enum trace_part trace_part(enum trace_operation operation) {
+#define PART(name, part) TRACE_##part,
+  static const enum trace_part parts[] = {TRACE_OPERATIONS(PART)};
+#undef PART
+  return parts[operation];
+}
+
+const char *trace_part_name(enum trace_part part) {
+  static const char *const names[] = {[TRACE_PRODUCTS] = "products",   [TRACE_ATTENTION] = "attention",
+                                      [TRACE_QUANTIZER] = "quantizer", [TRACE_TRANSFORMATION] = "transformation",
+                                      [TRACE_NORMS] = "norms",         [TRACE_ACTIVATIONS] = "activations",
+                                      [TRACE_EXPERTS] = "experts",     [TRACE_LOSS] = "loss",
+                                      [TRACE_OPTIMIZER] = "optimizer", [TRACE_MOVES] = "moves"};
+  return names[part];
 }
 
 static double begin(const struct kernels *k) {

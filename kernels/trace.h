@@ -6,67 +6,87 @@
 
 #include "kernels.h"
 
-/* The operations of struct kernels that are noted, in its order; products that round their operands to bf16 are told apart. */
-#define TRACE_OPERATIONS(X)                                                                                                                \
-  X(load)                                                                                                                                  \
-  X(fetch)                                                                                                                                 \
-  X(upload)                                                                                                                                \
-  X(download)                                                                                                                              \
-  X(copy)                                                                                                                                  \
-  X(clear)                                                                                                                                 \
-  X(linear_forward)                                                                                                                        \
-  X(linear_backward_input)                                                                                                                 \
-  X(linear_backward_weight)                                                                                                                \
-  X(linear_forward_bf16)                                                                                                                   \
-  X(linear_backward_input_bf16)                                                                                                            \
-  X(linear_backward_weight_bf16)                                                                                                           \
-  X(matrix_vector)                                                                                                                         \
-  X(vector_matrix)                                                                                                                         \
-  X(norm_forward)                                                                                                                          \
-  X(norm_backward)                                                                                                                         \
-  X(rope)                                                                                                                                  \
-  X(attention_forward)                                                                                                                     \
-  X(attention_backward)                                                                                                                    \
-  X(silu_gate_forward)                                                                                                                     \
-  X(silu_gate_backward)                                                                                                                    \
-  X(activation_forward)                                                                                                                    \
-  X(activation_backward)                                                                                                                   \
-  X(route_forward)                                                                                                                         \
-  X(route_backward)                                                                                                                        \
-  X(gather_rows)                                                                                                                           \
-  X(gather_rows_backward)                                                                                                                  \
-  X(combine_forward)                                                                                                                       \
-  X(combine_backward)                                                                                                                      \
-  X(fill)                                                                                                                                  \
-  X(add)                                                                                                                                   \
-  X(accumulate)                                                                                                                            \
-  X(clamp)                                                                                                                                 \
-  X(column_sums)                                                                                                                           \
-  X(column_range)                                                                                                                          \
-  X(column_squares)                                                                                                                        \
-  X(quantize_forward)                                                                                                                      \
-  X(quantize_backward)                                                                                                                     \
-  X(quantize_backward_input)                                                                                                               \
-  X(quantize_codes)                                                                                                                        \
-  X(clip_search)                                                                                                                           \
-  X(expand)                                                                                                                                \
-  X(expand_backward)                                                                                                                       \
-  X(scale_weight)                                                                                                                          \
-  X(scale_weight_backward)                                                                                                                 \
-  X(fold_vector)                                                                                                                           \
-  X(fold_vector_backward)                                                                                                                  \
-  X(mse)                                                                                                                                   \
-  X(sigmoid_forward)                                                                                                                       \
-  X(sigmoid_backward)                                                                                                                      \
-  X(sigmoid_inverse)                                                                                                                       \
-  X(step_begin)                                                                                                                            \
-  X(adamw)                                                                                                                                 \
-  X(sign_step)                                                                                                                             \
-  X(cross_entropy_piece)
+/* What operations are for, as time is shown. */
+enum trace_part {
+  TRACE_PRODUCTS,
+  TRACE_ATTENTION,
+  TRACE_QUANTIZER,
+  TRACE_TRANSFORMATION, /* LET: statistics, scales, folding */
+  TRACE_NORMS,          /* and the rotation */
+  TRACE_ACTIVATIONS,
+  TRACE_EXPERTS, /* routing */
+  TRACE_LOSS,
+  TRACE_OPTIMIZER,
+  TRACE_MOVES,
+  TRACE_PARTS
+};
 
-#define TRACE_ENUM(name) TRACE_##name,
+/* "products" */
+const char *trace_part_name(enum trace_part part);
+
+/* The operations of struct kernels that are noted, and their parts; products that round their operands to bf16 are told apart. */
+#define TRACE_OPERATIONS(X)                                                                                                                \
+  X(load, MOVES)                                                                                                                           \
+  X(fetch, MOVES)                                                                                                                          \
+  X(upload, MOVES)                                                                                                                         \
+  X(download, MOVES)                                                                                                                       \
+  X(copy, MOVES)                                                                                                                           \
+  X(clear, MOVES)                                                                                                                          \
+  X(linear_forward, PRODUCTS)                                                                                                              \
+  X(linear_backward_input, PRODUCTS)                                                                                                       \
+  X(linear_backward_weight, PRODUCTS)                                                                                                      \
+  X(linear_forward_bf16, PRODUCTS)                                                                                                         \
+  X(linear_backward_input_bf16, PRODUCTS)                                                                                                  \
+  X(linear_backward_weight_bf16, PRODUCTS)                                                                                                 \
+  X(matrix_vector, TRANSFORMATION)                                                                                                         \
+  X(vector_matrix, TRANSFORMATION)                                                                                                         \
+  X(norm_forward, NORMS)                                                                                                                   \
+  X(norm_backward, NORMS)                                                                                                                  \
+  X(rope, NORMS)                                                                                                                           \
+  X(attention_forward, ATTENTION)                                                                                                          \
+  X(attention_backward, ATTENTION)                                                                                                         \
+  X(silu_gate_forward, ACTIVATIONS)                                                                                                        \
+  X(silu_gate_backward, ACTIVATIONS)                                                                                                       \
+  X(activation_forward, ACTIVATIONS)                                                                                                       \
+  X(activation_backward, ACTIVATIONS)                                                                                                      \
+  X(route_forward, EXPERTS)                                                                                                                \
+  X(route_backward, EXPERTS)                                                                                                               \
+  X(gather_rows, EXPERTS)                                                                                                                  \
+  X(gather_rows_backward, EXPERTS)                                                                                                         \
+  X(combine_forward, EXPERTS)                                                                                                              \
+  X(combine_backward, EXPERTS)                                                                                                             \
+  X(fill, MOVES)                                                                                                                           \
+  X(add, MOVES)                                                                                                                            \
+  X(accumulate, MOVES)                                                                                                                     \
+  X(clamp, MOVES)                                                                                                                          \
+  X(column_sums, TRANSFORMATION)                                                                                                           \
+  X(column_range, TRANSFORMATION)                                                                                                          \
+  X(column_squares, TRANSFORMATION)                                                                                                        \
+  X(quantize_forward, QUANTIZER)                                                                                                           \
+  X(quantize_backward, QUANTIZER)                                                                                                          \
+  X(quantize_backward_input, QUANTIZER)                                                                                                    \
+  X(quantize_codes, QUANTIZER)                                                                                                             \
+  X(clip_search, QUANTIZER)                                                                                                                \
+  X(expand, TRANSFORMATION)                                                                                                                \
+  X(expand_backward, TRANSFORMATION)                                                                                                       \
+  X(scale_weight, TRANSFORMATION)                                                                                                          \
+  X(scale_weight_backward, TRANSFORMATION)                                                                                                 \
+  X(fold_vector, TRANSFORMATION)                                                                                                           \
+  X(fold_vector_backward, TRANSFORMATION)                                                                                                  \
+  X(mse, LOSS)                                                                                                                             \
+  X(sigmoid_forward, OPTIMIZER)                                                                                                            \
+  X(sigmoid_backward, OPTIMIZER)                                                                                                           \
+  X(sigmoid_inverse, OPTIMIZER)                                                                                                            \
+  X(step_begin, OPTIMIZER)                                                                                                                 \
+  X(adamw, OPTIMIZER)                                                                                                                      \
+  X(sign_step, OPTIMIZER)                                                                                                                  \
+  X(cross_entropy_piece, LOSS)
+
+#define TRACE_ENUM(name, part) TRACE_##name,
 enum trace_operation { TRACE_OPERATIONS(TRACE_ENUM) TRACE_COUNT };
 #undef TRACE_ENUM
+
+enum trace_part trace_part(enum trace_operation operation);
 
 /* Name of an operation: its member's in struct kernels. */
 const char *trace_name(enum trace_operation operation);

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "device.h"
 #include "watch.h"
 
@@ -23,6 +24,11 @@ static void require(struct world *world, int code, const char *what) {
   struct error error = {0};
   error_set(&error, ERROR_WORK, "rank %d: MPI %s failed: %s", world->rank, what, reason);
   world_abort(world, &error);
+}
+
+/* Counts what a collective has taken. */
+static void count_wait(struct world *world, double since) {
+  world->waited_seconds += now() - since;
 }
 
 int world_init(struct world *world, int *argc, char ***argv, struct error *error) {
@@ -72,7 +78,9 @@ bool world_stopping(const struct world *world) {
 
 bool world_stops(struct world *world) {
   int mine = watch_stop_signal(), any = mine;
+  double since = now();
   if (world->size > 1) require(world, MPI_Allreduce(&mine, &any, 1, MPI_INT, MPI_MAX, world->communicator), "allreduce");
+  count_wait(world, since);
   return any != 0;
 }
 
@@ -97,7 +105,9 @@ int world_agree(struct world *world, struct error *error) {
   struct {
     int code, rank;
   } mine = {error->code ? 1 : 0, world->rank}, worst;
+  double since = now();
   require(world, MPI_Allreduce(&mine, &worst, 1, MPI_2INT, MPI_MAXLOC, world->communicator), "allreduce");
+  count_wait(world, since);
   if (!worst.code) return 0;
   require(world, MPI_Bcast(error, sizeof *error, MPI_BYTE, worst.rank, world->communicator), "broadcast");
   return error->code;
@@ -148,8 +158,10 @@ void world_allreduce(struct world *world, float *values, size_t count, float *sc
     device_allreduce(world, values, count, scratch);
     return;
   }
+  double since = now();
   for (size_t done = 0; done < count; done += PIECE)
     allreduce_piece(world, values + done, count - done < PIECE ? count - done : PIECE, scratch);
+  count_wait(world, since);
 }
 
 void world_largest(struct world *world, float *values, size_t count) {
@@ -157,10 +169,12 @@ void world_largest(struct world *world, float *values, size_t count) {
     device_largest(world, values, count);
     return;
   }
+  double since = now();
   for (size_t done = 0; done < count && world->size > 1; done += PIECE) {
     size_t piece = count - done < PIECE ? count - done : PIECE;
     require(world, MPI_Allreduce(MPI_IN_PLACE, values + done, (int)piece, MPI_FLOAT, MPI_MAX, world->communicator), "allreduce");
   }
+  count_wait(world, since);
 }
 
 void world_broadcast(struct world *world, void *bytes, size_t count) {
@@ -186,16 +200,18 @@ void world_receive(struct world *world, void *bytes, size_t count, int from) {
 }
 
 double world_max(struct world *world, double value) {
-  double result;
+  double result, since = now();
   if (world->size == 1) return value;
   require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_MAX, world->communicator), "allreduce");
+  count_wait(world, since);
   return result;
 }
 
 double world_sum(struct world *world, double value) {
-  double result;
+  double result, since = now();
   if (world->size == 1) return value;
   require(world, MPI_Allreduce(&value, &result, 1, MPI_DOUBLE, MPI_SUM, world->communicator), "allreduce");
+  count_wait(world, since);
   return result;
 }
 

@@ -18,6 +18,7 @@ struct world {
   MPI_Comm communicator;      /* of all ranks */
   struct watch *watch;        /* over all ranks; NULL before world_watch, and where there is nobody to watch */
   struct device *device;      /* of device_open; NULL: all memory is the host's */
+  double waited_seconds;      /* that this rank has spent in collectives over host memory, waiting for the others included; only grows */
 };
 
 /* Starts MPI. Call once, first in main. */

@@ -170,7 +170,12 @@ static int open_job(struct run *run, struct job *job, struct error *error) {
                                   .shard = &run->shard,
                                   .target = &run->target,
                                   .stream = run->stream,
-                                  .progress = run->progress};
+                                  .progress = run->progress,
+                                  .timing = &job->timing};
+  job->timing = (struct timing){.world = run->world, .team = &run->team};
+  job->rank_seconds = calloc(2 * (size_t)run->team.size * PHASES, sizeof *job->rank_seconds);
+  if (!job->rank_seconds)
+    return error_set(error, ERROR_WORK, "rank %d: out of memory for times of %d ranks", run->world->rank, run->team.size);
   return learner_init(&job->learner, error);
 }
 
@@ -206,6 +211,7 @@ static int open_work(struct run *run, struct error *error) {
   struct stream_source source = {run->items, image_bytes, read_image, run};
   struct block_use use = {.tokens = run->recipe->seqlen, .effective = true, .trained = true};
   bool observed = false;
+  run->timing = (struct timing){.world = run->world, .team = &run->team};
   for (int i = 0; i < run->count; i++) {
     const struct recipe *recipe = run->jobs[i].recipe;
     if (!is_mine(run, &run->jobs[i])) continue;
@@ -282,11 +288,14 @@ static void report(struct run *run, const struct job *job, int index, const stru
   progress_block(run->progress, position(run, job, index), text);
 }
 
-/* The block's file, on the team's first rank. */
+/* The block's file, on the team's first rank; with the times of all its ranks, therefore collective over the team. */
 static int pack_block(struct job *job, int index, struct error *error) {
   struct block_record record = {0};
-  if (job->learner.world->rank > 0) return 0;
-  if (!record_block(&record, &job->learner, index, &job->result.outcome, job->result.seconds, error))
+  bool first = job->learner.world->rank == 0;
+  timing_enter(&job->timing, PHASE_STORE);
+  if (first) record_block(&record, &job->learner, index, &job->result.outcome, error);
+  double seconds = timing_gather(&job->timing, job->rank_seconds);
+  if (first && !error->code && !record_timing(&record, job->rank_seconds, seconds, error))
     block_image_make(&job->image, &record, &job->info, job->output, error);
   job->result.bytes = job->image.length;
   block_record_free(&record);
@@ -320,20 +329,21 @@ static int fetch_result(struct run *run, struct job *job, int index, struct erro
   return take_result(run, job, index, error);
 }
 
-static int calibrate_job(struct run *run, struct job *job, int index, double shared_seconds, struct error *error) {
-  double begin = now();
+static int calibrate_job(struct run *run, struct job *job, int index, struct error *error) {
+  timing_go_on(&job->timing, &run->timing, PHASE_TARGET);
   learner_run(&job->learner, position(run, job, index), &job->result.outcome, error);
-  job->result.seconds = shared_seconds + now() - begin;
   if (world_agree(&run->team, error)) return error->code; /* a block that a stop left unfinished goes no further */
   pack_block(job, index, error);
   if (run->world->rank == 0 && !error->code) take_result(run, job, index, error);
-  return world_agree(&run->team, error);
+  world_agree(&run->team, error);
+  timing_enter(&job->timing, PHASE_STORE); /* goes on with the next block */
+  return error->code;
 }
 
 /* This team's recipes, and then rank 0 has all. */
-static int calibrate_jobs(struct run *run, int index, double shared_seconds, struct error *error) {
+static int calibrate_jobs(struct run *run, int index, struct error *error) {
   for (int i = 0; i < run->count && !error->code; i++)
-    if (is_mine(run, &run->jobs[i]) && index >= run->jobs[i].stored) calibrate_job(run, &run->jobs[i], index, shared_seconds, error);
+    if (is_mine(run, &run->jobs[i]) && index >= run->jobs[i].stored) calibrate_job(run, &run->jobs[i], index, error);
   if (run->teams == 1 || world_agree(run->world, error)) return error->code;
   for (int i = 0; i < run->count; i++)
     if (run->jobs[i].team > 0 && index >= run->jobs[i].stored) fetch_result(run, &run->jobs[i], index, error);
@@ -358,16 +368,19 @@ static int pass_jobs(struct run *run, int index, struct error *error) {
 }
 
 static int calibrate_block(struct run *run, int index, struct error *error) {
-  double begin = now();
   const void *image;
+  timing_begin(&run->timing, PHASE_WAIT);
   stream_next(run->stream, &image, error);
   if (world_agree(run->world, error)) return error->code;
+  timing_enter(&run->timing, PHASE_TARGET);
   block_load(&run->block, image);
   stream_release(run->stream);
   target_pass(&run->target, is_learned(run, index));
+  timing_enter(&run->timing, PHASE_MEASURE);
   if (pass_jobs(run, index, error)) return error->code;
   if (!is_learned(run, index)) return 0;
-  if (calibrate_jobs(run, index, now() - begin, error)) return error->code;
+  timing_enter(&run->timing, PHASE_MEASURE);
+  if (calibrate_jobs(run, index, error)) return error->code;
   int every = run->options->stream_checkpoint;
   return every && (index + 1) % every == 0 && index + 1 < run->end ? resume_save(run, index + 1, error) : 0;
 }
@@ -481,7 +494,10 @@ static void run_free(struct run *run, struct error *error) {
   checkpoint_close(run->checkpoint);
   free(run->sample_start);
   free(run->item);
-  for (int i = 0; i < run->count; i++) block_image_free(&run->jobs[i].image);
+  for (int i = 0; i < run->count; i++) {
+    block_image_free(&run->jobs[i].image);
+    free(run->jobs[i].rank_seconds);
+  }
   device_close(&run->team);
   world_leave_team(&run->team);
   if (!run->k) return;

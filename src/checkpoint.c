@@ -282,7 +282,7 @@ static int not_finite(const struct tensor *tensor, struct error *error) {
                    tensor->name);
 }
 
-static void test_delay(const struct checkpoint *checkpoint) {
+void checkpoint_test_delay(const struct checkpoint *checkpoint) {
   struct timespec pause = {.tv_sec = (time_t)checkpoint->test_delay_seconds};
   pause.tv_nsec = (long)((checkpoint->test_delay_seconds - (double)pause.tv_sec) * 1e9);
   if (checkpoint->test_delay_seconds > 0) nanosleep(&pause, NULL);
@@ -318,7 +318,7 @@ int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct mod
 }
 
 int checkpoint_read_block(const struct checkpoint *checkpoint, const struct model *model, int block, void *image, struct error *error) {
-  test_delay(checkpoint);
+  checkpoint_test_delay(checkpoint);
   for (int i = 0; i < model->tensors; i++)
     if (checkpoint_read_tensor(checkpoint, model, block, i, image, error)) break;
   return error->code;

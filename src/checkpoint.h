@@ -42,6 +42,9 @@ const struct tensor *checkpoint_outside_tensor(const struct checkpoint *checkpoi
  * wider). Errors: ERROR_INPUT for a value that is not finite. Other threads may read other things meanwhile. */
 int checkpoint_read_block(const struct checkpoint *checkpoint, const struct model *model, int block, void *image, struct error *error);
 
+/* Sleeps as OMNIQUANT_TEST_READ_SECONDS asks for, for tests of what takes long; else nothing. */
+void checkpoint_test_delay(const struct checkpoint *checkpoint);
+
 /* One tensor of that image. */
 int checkpoint_read_tensor(const struct checkpoint *checkpoint, const struct model *model, int block, int index, void *image,
                            struct error *error);

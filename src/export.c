@@ -1,5 +1,5 @@
-/* export.c: the story of an export: open store and checkpoint, ask the format whether it holds them, then write tensor by tensor, a block of
- * the store in memory at a time. */
+/* export.c: the story of an export: open store and checkpoint, ask the format whether it holds them, then write tensor by tensor, of
+ * which one is in memory at a time. */
 #include "export.h"
 
 #include <libgen.h>
@@ -11,10 +11,12 @@
 #include "checkpoint.h"
 #include "printable.h"
 #include "recipe.h"
+#include "world.h"
 
 struct exporter {
   const struct export_options *options;
   const struct export_format *format;
+  struct world alone; /* without MPI: for signals */
   struct model model;
   struct checkpoint *checkpoint;
   struct store *store;
@@ -84,6 +86,12 @@ static int make_job(struct exporter *e, struct error *error) {
 
 typedef int visitor(void *state, const struct export_tensor *tensor, struct error *error);
 
+static int visit_unless_stopped(const struct exporter *e, const struct export_tensor *tensor, visitor *visit, void *state,
+                                struct error *error) {
+  if (world_stopping(&e->alone)) return error_set(error, ERROR_STOPPED, "stopped by a signal; nothing is left of the export");
+  return visit(state, tensor, error);
+}
+
 /* A quantized layer as it has to be stored; without codes. */
 static struct quantized_linear planned_linear(const struct exporter *e, int index) {
   const struct block_tensor *tensor = &e->model.tensor[index];
@@ -102,20 +110,27 @@ static int not_the_model(const struct exporter *e, const struct block_record *re
                    record->index, name, what);
 }
 
-static int find_linear(const struct exporter *e, const struct block_record *record, struct quantized_linear *linear, struct error *error) {
-  for (int i = 0; i < record->linears; i++) {
-    const struct quantized_linear *stored = &record->linear[i];
-    if (strcmp(stored->name, linear->name) != 0) continue;
+/* A block of the store, from which linears are read as they come. */
+struct stored_block {
+  struct block_record record; /* without what its linears point to */
+  struct block_file *file;
+};
+
+/* Reads a layer's codes; `linear` says what they have to be of, and owns them then. */
+static int read_linear(const struct exporter *e, const struct stored_block *stored, struct quantized_linear *linear, struct error *error) {
+  for (int i = 0; i < stored->record.linears; i++) {
+    const struct quantized_linear *found = &stored->record.linear[i];
+    if (strcmp(found->name, linear->name) != 0) continue;
     /* A group that is longer than the row is the row. */
-    bool same_groups = stored->group_size == linear->group_size ||
-                       (stored->group_size >= linear->in_features && linear->group_size >= linear->in_features);
-    if (stored->out_features != linear->out_features || stored->in_features != linear->in_features || stored->bits != linear->bits ||
-        stored->symmetric != linear->symmetric || !same_groups)
-      return not_the_model(e, record, linear->name, "another shape, or quantized otherwise, than it should be", error);
-    *linear = *stored;
-    return 0;
+    bool same_groups =
+        found->group_size == linear->group_size || (found->group_size >= linear->in_features && linear->group_size >= linear->in_features);
+    if (found->out_features != linear->out_features || found->in_features != linear->in_features || found->bits != linear->bits ||
+        found->symmetric != linear->symmetric || !same_groups)
+      return not_the_model(e, &stored->record, linear->name, "another shape, or quantized otherwise, than it should be", error);
+    *linear = *found;
+    return block_file_read_linear(stored->file, linear, error);
   }
-  return not_the_model(e, record, linear->name, "missing", error);
+  return not_the_model(e, &stored->record, linear->name, "missing", error);
 }
 
 static int find_folded(const struct exporter *e, const struct block_record *record, struct export_tensor *tensor, struct error *error) {
@@ -138,11 +153,11 @@ static bool first_part(const struct model *model, int index) {
   return true;
 }
 
-/* One tensor of a block. Without a record it is only announced. */
-static int visit_tensor(const struct exporter *e, int block, int index, const struct block_record *record, visitor *visit, void *state,
+/* One tensor of a block. Without a stored one it is only announced. */
+static int visit_tensor(const struct exporter *e, int block, int index, const struct stored_block *stored, visitor *visit, void *state,
                         struct error *error) {
   const struct block_tensor *part = &e->model.tensor[index];
-  struct quantized_linear linear;
+  struct quantized_linear linear = {0};
   struct export_tensor tensor = {.block = block,
                                  .index = index,
                                  .dimensions = part->dimensions,
@@ -153,20 +168,24 @@ static int visit_tensor(const struct exporter *e, int block, int index, const st
   if (model_quantizes(&e->model, index)) {
     linear = planned_linear(e, index);
     tensor.linear = &linear;
-    if (record && find_linear(e, record, &linear, error)) return error->code;
+    if (stored) read_linear(e, stored, &linear, error);
   } else {
     tensor.folded = e->recipe.let;
-    if (record && find_folded(e, record, &tensor, error)) return error->code;
+    if (stored) find_folded(e, &stored->record, &tensor, error);
   }
-  return visit(state, &tensor, error);
+  if (!error->code) visit_unless_stopped(e, &tensor, visit, state, error);
+  quantized_linear_free(&linear);
+  return error->code;
 }
 
 static int visit_block(const struct exporter *e, int block, bool write, visitor *visit, void *state, struct error *error) {
-  struct block_record record = {0};
-  if (write && store_read_block(e->store, block, &record, error)) return error->code;
+  struct stored_block stored = {0};
+  if (write) checkpoint_test_delay(e->checkpoint);
+  if (write && store_open_block(e->store, block, &stored.file, &stored.record, error)) return error->code;
   for (int i = 0; i < e->model.tensors && !error->code; i++)
-    if (first_part(&e->model, i)) visit_tensor(e, block, i, write ? &record : NULL, visit, state, error);
-  block_record_free(&record);
+    if (first_part(&e->model, i)) visit_tensor(e, block, i, write ? &stored : NULL, visit, state, error);
+  block_record_free(&stored.record);
+  block_file_close(stored.file);
   return error->code;
 }
 
@@ -177,7 +196,7 @@ static int visit_outside(const struct exporter *e, visitor *visit, void *state, 
     struct export_tensor tensor = {.block = ABSENT, .index = ABSENT, .dimensions = source->dimensions, .source = source};
     snprintf(tensor.name, sizeof tensor.name, "%s", name);
     for (int d = 0; d < source->dimensions && d < 2; d++) tensor.shape[d] = source->shape[d];
-    visit(state, &tensor, error);
+    visit_unless_stopped(e, &tensor, visit, state, error);
   }
   return error->code;
 }
@@ -239,7 +258,8 @@ static int export_all(struct exporter *e, struct error *error) {
 }
 
 int export_model(const struct export_options *options, struct error *error) {
-  struct exporter exporter = {.options = options};
+  struct exporter exporter = {.options = options, .alone = {.size = 1}};
+  world_catch_signals(&exporter.alone);
   export_all(&exporter, error);
   store_close(exporter.store, error);
   checkpoint_close(exporter.checkpoint);

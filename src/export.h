@@ -19,8 +19,8 @@ struct export_options {
   struct setting_texts results; /* JSON files of `omniquant eval --json`, for the model card */
 };
 
-/* One process, without MPI. Memory: one block's codes, and one tensor. On failure nothing is left. ERROR_INPUT with what fits instead for
- * a store that the format cannot hold, before anything is written. */
+/* One process, without MPI. Memory: one tensor and its codes. On failure nothing is left. ERROR_INPUT with what fits instead for
+ * a store that the format cannot hold, before anything is written; ERROR_STOPPED after SIGTERM or SIGINT. */
 int export_model(const struct export_options *options, struct error *error);
 
 #endif

@@ -18,6 +18,8 @@ struct block_summary {
   int64_t skipped_steps;
   int64_t weights;     /* quantized ones */
   int64_t stored_bits; /* codes, scales and zero points that they take */
+  char phases[128];    /* comma-separated; empty: no times */
+  float *rank_seconds; /* [world_size, phases], owned */
 };
 
 struct summary {
@@ -34,7 +36,8 @@ static double bits_a_weight(int64_t stored_bits, int64_t weights) {
   return weights > 0 ? (double)stored_bits / (double)weights : NAN;
 }
 
-static struct block_summary summarize_block(const struct block_record *record) {
+/* Takes the times out of the record. */
+static struct block_summary summarize_block(struct block_record *record) {
   struct block_summary block = {.index = record->index,
                                 .linears = record->linears,
                                 .world_size = record->world_size,
@@ -43,8 +46,11 @@ static struct block_summary summarize_block(const struct block_record *record) {
                                 .loss_end = record->loss_end,
                                 .seconds = record->seconds,
                                 .skipped_steps = record->skipped_steps,
-                                .untrained_experts = record->untrained_experts};
+                                .untrained_experts = record->untrained_experts,
+                                .rank_seconds = record->timing.values};
   memcpy(block.kept, record->kept, sizeof block.kept);
+  memcpy(block.phases, record->phases, sizeof block.phases);
+  record->timing.values = NULL;
   for (int i = 0; i < record->linears; i++) {
     const struct quantized_linear *linear = &record->linear[i];
     int64_t groups = (linear->in_features + linear->group_size - 1) / linear->group_size;
@@ -76,17 +82,55 @@ static int summarize(struct store *store, const char *folder, struct summary *su
   return 0;
 }
 
+/* ---- times ---- */
+
+enum { MOST_PHASES = 64 };
+
+struct phase_names {
+  int count;
+  char text[128];
+  const char *name[MOST_PHASES]; /* in text */
+};
+
+static struct phase_names *split_phases(struct phase_names *names, const char *phases) {
+  char *rest = names->text;
+  *names = (struct phase_names){0};
+  snprintf(names->text, sizeof names->text, "%s", phases);
+  while (rest && names->count < MOST_PHASES) names->name[names->count++] = strsep(&rest, ",");
+  return names;
+}
+
+/* All but waiting: for a block, and in collectives for the other ranks. */
+static bool is_work(const char *phase) {
+  return strcmp(phase, "wait") != 0 && strcmp(phase, "ranks") != 0;
+}
+
 /* JSON has no NaN: what was not measured is null. */
 static json_t *real_or_null(double value) {
   return isfinite(value) ? json_real(value) : json_null();
 }
 
+/* {"phases": [name], "seconds": [[of a rank in each]]}; null without times. */
+static json_t *times_json(const struct block_summary *block) {
+  struct phase_names names;
+  if (!block->rank_seconds) return json_null();
+  json_t *phases = json_array(), *seconds = json_array();
+  split_phases(&names, block->phases);
+  for (int p = 0; p < names.count; p++) json_array_append_new(phases, json_string(names.name[p]));
+  for (int rank = 0; rank < block->world_size; rank++) {
+    json_t *row = json_array();
+    for (int p = 0; p < names.count; p++) json_array_append_new(row, json_real((double)block->rank_seconds[rank * names.count + p]));
+    json_array_append_new(seconds, row);
+  }
+  return json_pack("{s:o, s:o}", "phases", phases, "seconds", seconds);
+}
+
 static json_t *block_json(const struct block_summary *block) {
-  return json_pack("{s:i, s:o, s:o, s:o, s:s, s:I, s:i, s:o, s:o, s:i, s:i}", "index", block->index, "loss_rtn",
+  return json_pack("{s:i, s:o, s:o, s:o, s:s, s:I, s:i, s:o, s:o, s:i, s:i, s:o}", "index", block->index, "loss_rtn",
                    real_or_null(block->loss_rtn), "loss_start", real_or_null(block->loss_start), "loss_end", real_or_null(block->loss_end),
                    "kept", block->kept, "skipped_steps", (json_int_t)block->skipped_steps, "untrained_experts", block->untrained_experts,
                    "bits_a_weight", real_or_null(bits_a_weight(block->stored_bits, block->weights)), "seconds",
-                   real_or_null(block->seconds), "linears", block->linears, "world_size", block->world_size);
+                   real_or_null(block->seconds), "linears", block->linears, "world_size", block->world_size, "timing", times_json(block));
 }
 
 static int print_json(const struct summary *summary, struct error *error) {
@@ -134,6 +178,59 @@ static void print_number(int width, const char *format, double value) {
   printf("%*s", width, text);
 }
 
+/* The rank that has worked longest, over all blocks with these phases. */
+static int slowest_rank(const struct summary *summary, const struct phase_names *names, const char *phases, double *work) {
+  int slowest = 0, ranks = 1;
+  *work = 0;
+  for (int rank = 0; rank < ranks; rank++) {
+    double seconds = 0;
+    for (const struct block_summary *block = summary->block; block < summary->block + summary->present; block++) {
+      if (!block->rank_seconds || strcmp(block->phases, phases) != 0) continue;
+      if (block->world_size > ranks) ranks = block->world_size;
+      for (int p = 0; p < names->count && rank < block->world_size; p++)
+        if (is_work(names->name[p])) seconds += (double)block->rank_seconds[rank * names->count + p];
+    }
+    if (seconds > *work) slowest = rank, *work = seconds;
+  }
+  return slowest;
+}
+
+/* Mean, least and most seconds of a block's ranks in a phase, added to the totals of the blocks. */
+static void add_phase(const struct block_summary *block, const struct phase_names *names, int phase, double total[3]) {
+  double sum = 0, least = INFINITY, most = 0;
+  for (int rank = 0; rank < block->world_size; rank++) {
+    double seconds = (double)block->rank_seconds[rank * names->count + phase];
+    sum += seconds;
+    least = fmin(least, seconds);
+    most = fmax(most, seconds);
+  }
+  total[0] += sum / block->world_size;
+  total[1] += least;
+  total[2] += most;
+}
+
+/* Where the time went, of all blocks whose phases are those of the first that has any. */
+static void print_times(const struct summary *summary) {
+  static const char *const rows[] = {"mean of ranks", "least", "most"};
+  const struct block_summary *first = summary->block, *end = summary->block + summary->present;
+  struct phase_names names;
+  double total[MOST_PHASES][3] = {{0}}, work;
+  while (first < end && !first->rank_seconds) first++;
+  if (first == end) return;
+  split_phases(&names, first->phases);
+  for (const struct block_summary *block = first; block < end; block++)
+    for (int p = 0; p < names.count && block->rank_seconds && strcmp(block->phases, first->phases) == 0; p++)
+      add_phase(block, &names, p, total[p]);
+  printf("\nseconds      ");
+  for (int p = 0; p < names.count; p++) printf(" %9s", names.name[p]);
+  for (int row = 0; row < 3; row++) {
+    printf("\n%-13s", rows[row]);
+    for (int p = 0; p < names.count; p++) printf(" %9.1f", total[p][row]);
+  }
+  int rank = slowest_rank(summary, &names, first->phases, &work);
+  printf("\nrank %d has worked longest, %.1f s without waiting\n", rank, work);
+}
+
 static void print_table(const struct summary *summary) {
   printf("model   %s, %d blocks\n", printable(summary->info->model_type).text, summary->info->blocks);
   print_recipe(summary->recipe);
@@ -157,6 +254,7 @@ static void print_table(const struct summary *summary) {
     printf(", %lld weights of %.4f bits, %.1f s", (long long)summary->weights, bits_a_weight(summary->stored_bits, summary->weights),
            summary->seconds);
   putchar('\n');
+  print_times(summary);
 }
 
 int inspect(const char *folder, bool json, struct error *error) {
@@ -169,6 +267,7 @@ int inspect(const char *folder, bool json, struct error *error) {
     else
       print_table(&summary);
   }
+  for (int i = 0; i < summary.present; i++) free(summary.block[i].rank_seconds);
   free(summary.block);
   json_decref(summary.recipe);
   store_close(store, error);

@@ -328,11 +328,15 @@ struct learned learner_result(const struct learner *l, const struct outcome *out
 
 static void learn(struct learner *l, int index, struct outcome *outcome) {
   struct step_state state;
+  timing_enter(l->timing, PHASE_START);
   learner_start(l);
+  timing_enter(l->timing, PHASE_MEASURE);
   outcome->loss[KEPT_RTN] = measure(l, (struct learned){NULL, NULL});
   outcome->loss[KEPT_START] = measure(l, at_start(l));
+  timing_enter(l->timing, PHASE_STEPS);
   train(l, index);
   outcome->untrained_experts = round_untrained_experts(l);
+  timing_enter(l->timing, PHASE_MEASURE);
   outcome->loss[KEPT_END] = measure(l, in_training(l));
   l->k->download(l->k, &state, l->state, sizeof state);
   outcome->skipped = state.skipped;
@@ -342,8 +346,10 @@ static void learn(struct learner *l, int index, struct outcome *outcome) {
 int learner_run(struct learner *l, int index, struct outcome *outcome, struct error *error) {
   *outcome = (struct outcome){.loss = {NAN, NAN, NAN}, .kept = KEPT_RTN};
   l->block->quantizer = l->recipe->activations;
+  timing_enter(l->timing, PHASE_TARGET);
   if (searches(l) || l->recipe->aug_loss) observe_pass(l);
   if (learns(l)) learn(l, index, outcome);
+  timing_enter(l->timing, PHASE_MEASURE);
   if (outcome->kept != KEPT_END) outcome->loss[outcome->kept] = measure(l, learner_result(l, outcome));
   data *before = l->x_q; /* the last measured was what is kept: `next` is its output */
   l->x_q = l->next;

@@ -7,6 +7,7 @@
 #include "lwc.h"
 #include "progress.h"
 #include "target.h"
+#include "timing.h"
 
 enum kept { KEPT_RTN, KEPT_START, KEPT_END };
 
@@ -34,6 +35,7 @@ struct learner {
   const struct target *target; /* what the block's output is to be; computed before learner_run */
   struct stream *stream;       /* polled during the work; may be NULL */
   struct progress *progress;   /* NULL on ranks that do not report */
+  struct timing *timing;       /* told of each phase; may be NULL */
 
   struct lwc lwc;
   struct let let;

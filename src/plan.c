@@ -11,27 +11,8 @@
 
 /* ---- time ---- */
 
-static enum plan_part part_of(enum trace_operation operation) {
-  switch (operation) {
-  case TRACE_linear_forward:
-  case TRACE_linear_backward_input:
-  case TRACE_linear_backward_weight:
-  case TRACE_linear_forward_bf16:
-  case TRACE_linear_backward_input_bf16:
-  case TRACE_linear_backward_weight_bf16:
-    return PLAN_PRODUCTS;
-  case TRACE_attention_forward:
-  case TRACE_attention_backward:
-    return PLAN_ATTENTION;
-  case TRACE_quantize_forward:
-  case TRACE_quantize_backward:
-  case TRACE_quantize_backward_input:
-  case TRACE_quantize_codes:
-  case TRACE_clip_search:
-    return PLAN_QUANTIZE;
-  default:
-    return PLAN_OTHER;
-  }
+const char *plan_part_name(int part) {
+  return part == PLAN_ALLREDUCE ? "all-reduce" : trace_part_name((enum trace_part)part);
 }
 
 /* Seconds of each part; their sum is returned. */
@@ -40,7 +21,7 @@ static double time_of(const struct machine *machine, const struct trace *trace, 
   for (int i = 0; i < PLAN_PARTS; i++) parts[i] = 0;
   for (int i = 0; i < TRACE_COUNT; i++) {
     double seconds = machine_seconds(machine, (enum trace_operation)i, &trace->row[i]);
-    parts[part_of((enum trace_operation)i)] += seconds;
+    parts[trace_part((enum trace_operation)i)] += seconds;
     sum += seconds;
   }
   return sum;
@@ -60,7 +41,7 @@ static void find_times(struct plan *plan, const struct rehearsal *work) {
   if (work->steps > 0) plan->step[PLAN_ALLREDUCE] = reduce;
   plan->step_seconds += plan->step[PLAN_ALLREDUCE];
   plan->block[PLAN_ALLREDUCE] = reduce * (work->steps + (searches ? 1 : 0));
-  plan->block[PLAN_OTHER] += copies;
+  plan->block[TRACE_MOVES] += copies;
   plan->block_seconds += plan->block[PLAN_ALLREDUCE] + copies;
   plan->sample_step = time_of(machine, &work->sample, unused);
   plan->sample_forward = time_of(machine, &work->forward, unused);
@@ -145,8 +126,6 @@ static int evaluate_plan(struct plan *plan, int threads, struct error *error) {
 }
 
 static const char *name_limit(const struct plan *plan) {
-  static const char *const names[PLAN_PARTS] = {"matrix products", "attention", "fake-quantization", "norms, activations and the optimizer",
-                                                "the all-reduce of gradients"};
   double stream = plan->read_seconds + plan->broadcast_seconds;
   int most = 0;
   if (!plan->fits && plan->machine.device_memory > 0 && plan->memory.device > plan->machine.device_memory) return "memory of the device";
@@ -156,7 +135,7 @@ static const char *name_limit(const struct plan *plan) {
   if (plan->write_seconds > plan->block_seconds) return "writing the output";
   for (int i = 0; i < PLAN_PARTS; i++)
     if (plan->block[i] > plan->block[most]) most = i;
-  return names[most];
+  return plan_part_name(most);
 }
 
 /* The largest power of two, not more than the samples, with which all fits. */

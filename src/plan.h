@@ -22,8 +22,11 @@ struct plan_options {
   bool json;            /* one JSON object instead of a table */
 };
 
-/* Where the time of a step and of a block goes. */
-enum plan_part { PLAN_PRODUCTS, PLAN_ATTENTION, PLAN_QUANTIZE, PLAN_OTHER, PLAN_ALLREDUCE, PLAN_PARTS };
+/* Where the time of a step and of a block goes: the parts of trace.h, and sums over ranks. */
+enum { PLAN_ALLREDUCE = TRACE_PARTS, PLAN_PARTS };
+
+/* "products", "all-reduce" */
+const char *plan_part_name(int part);
 
 /* Bytes of one rank, the one with the most samples. */
 struct plan_memory {

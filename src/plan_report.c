@@ -5,9 +5,6 @@
 
 #include "plan.h"
 
-static const char *const part_titles[PLAN_PARTS] = {"matrix products", "attention", "fake-quantization", "other kernels", "all-reduce"};
-static const char *const part_keys[PLAN_PARTS] = {"products", "attention", "quantize", "other", "allreduce"};
-
 static const double GIB = 1024.0 * 1024 * 1024;
 
 /* ---- table ---- */
@@ -78,7 +75,8 @@ static void print_times(const struct plan *plan) {
   printf("\ntime %35s %16s\n", "a step", "a block");
   for (int i = 0; i < PLAN_PARTS; i++) {
     char step[32], block[32];
-    printf("  %-24s %13s %16s  %4.0f %%\n", part_titles[i], duration(plan->step[i], step), duration(plan->block[i], block),
+    if (plan->block[i] == 0) continue;
+    printf("  %-24s %13s %16s  %4.0f %%\n", plan_part_name(i), duration(plan->step[i], step), duration(plan->block[i], block),
            plan->block_seconds > 0 ? 100 * plan->block[i] / plan->block_seconds : 0);
   }
   char step[32], block[32];
@@ -104,7 +102,7 @@ static void print_verdict(const struct plan *plan) {
 
 static json_t *parts_json(const double parts[PLAN_PARTS], double sum) {
   json_t *object = json_object();
-  for (int i = 0; i < PLAN_PARTS; i++) json_object_set_new(object, part_keys[i], json_real(parts[i]));
+  for (int i = 0; i < PLAN_PARTS; i++) json_object_set_new(object, plan_part_name(i), json_real(parts[i]));
   json_object_set_new(object, "sum", json_real(sum));
   return object;
 }

@@ -176,8 +176,7 @@ static int record_folded_tensor(struct block_record *record, const struct learne
 
 /* ---- the whole ---- */
 
-int record_block(struct block_record *record, const struct learner *l, int index, const struct outcome *outcome, double seconds,
-                 struct error *error) {
+int record_block(struct block_record *record, const struct learner *l, int index, const struct outcome *outcome, struct error *error) {
   const struct model *model = l->block->model;
   struct learned learned = learner_result(l, outcome);
   *record = (struct block_record){.index = index,
@@ -186,7 +185,6 @@ int record_block(struct block_record *record, const struct learner *l, int index
                                   .loss_end = outcome->loss[KEPT_END],
                                   .skipped_steps = outcome->skipped,
                                   .untrained_experts = outcome->untrained_experts,
-                                  .seconds = seconds,
                                   .world_size = l->world->size};
   snprintf(record->kept, sizeof record->kept, "%s", record_kept_name(outcome->kept));
   record->linear = host_memory((size_t)model->linears, sizeof *record->linear, error);
@@ -204,9 +202,19 @@ int record_block(struct block_record *record, const struct learner *l, int index
   return error->code;
 }
 
+int record_timing(struct block_record *record, const float *rank_seconds, double seconds, struct error *error) {
+  size_t count = (size_t)record->world_size * PHASES;
+  record->seconds = seconds;
+  record->timing = (struct named_array){.name = "timing", .dimensions = 2, .shape = {record->world_size, PHASES}};
+  record->timing.values = host_memory(count, sizeof(float), error);
+  if (record->timing.values) memcpy(record->timing.values, rank_seconds, count * sizeof(float));
+  snprintf(record->phases, sizeof record->phases, "%s", timing_phases);
+  return error->code;
+}
+
 int64_t record_bytes(const struct model *model, const struct recipe *recipe) {
   enum { OBJECT_BYTES = 400, FILE_BYTES = 8192 }; /* what HDF5 takes for a dataset; for the rest, with the run's attributes */
-  int64_t bytes = FILE_BYTES, widest = 0;
+  int64_t bytes = FILE_BYTES + OBJECT_BYTES /* times */, widest = 0;
   for (int i = 0; i < model->linears; i++) {
     const struct linear *layer = &model->linear[i];
     if (!layer->quantized) continue;

@@ -7,8 +7,10 @@
 
 /* Makes the record of the block that learner_run has just ended: packed codes under the checkpoint's names, what LET folded into tensors
  * that stay unquantized, and what was learned. Errors: ERROR_WORK (memory); block_record_free even then. */
-int record_block(struct block_record *record, const struct learner *learner, int index, const struct outcome *outcome, double seconds,
-                 struct error *error);
+int record_block(struct block_record *record, const struct learner *learner, int index, const struct outcome *outcome, struct error *error);
+
+/* Puts into the record what timing_gather has gathered. Errors: ERROR_WORK (memory). */
+int record_timing(struct block_record *record, const float *rank_seconds, double seconds, struct error *error);
 
 /* Bytes that a block's file takes, a few per cent at most too many: for who has to know before. */
 int64_t record_bytes(const struct model *model, const struct recipe *recipe);

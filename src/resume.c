@@ -97,8 +97,10 @@ int resume_streams(struct run *run, struct error *error) {
 
 int resume_replay(struct run *run, struct job *job, struct error *error) {
   const void *image;
+  timing_enter(&run->timing, PHASE_WAIT);
   stream_next(run->stream, &image, error);
   if (world_agree(run->world, error)) return error->code;
+  timing_enter(&run->timing, PHASE_MEASURE);
   if (is_mine(run, job)) {
     block_load_stored(&run->block, &run->wide, image);
     learner_replay(&job->learner);

@@ -13,7 +13,6 @@
 /* What a block's calibration tells rank 0, beside the block itself. */
 struct result {
   struct outcome outcome;
-  double seconds;
   size_t bytes; /* of the block's file */
 };
 
@@ -26,6 +25,8 @@ struct job {
   int team;               /* that calibrates it */
   struct learner learner; /* that team's */
   struct streams streams; /* that team's */
+  struct timing timing;   /* of the block at work; that team's */
+  float *rank_seconds;    /* for timing_gather; that team's */
 
   /* rank 0, and the first rank of the team until rank 0 has it */
   struct result result;
@@ -74,6 +75,7 @@ struct run {
   struct stream_item *item; /* [items] */
   int items;
   struct stream *stream;
+  struct timing timing; /* of what the block's jobs share */
 };
 
 static inline bool is_mine(const struct run *run, const struct job *job) {

@@ -39,13 +39,13 @@ refused() {
 ok '^Usage: omniquant ' --help
 ok '^omniquant [0-9]*\.[0-9]*\.[0-9]*$' --version
 ok '^Usage: omniquant ' --usage
-for command in calibrate eval inspect verify; do
+for command in calibrate eval export inspect plan verify; do
   ok " $command " --help
   ok "^Usage: omniquant $command " $command --help
   ok "^Usage: omniquant $command " $command --usage
   ok '^omniquant [0-9]' $command --version
   # The manual tells every option that there is, and no other.
-  sections=$(sed 's/\\-/-/g' "$here/../docs/omniquant.1" | sed -n "/^\.SS .*$command/,/^\.S[HS] /p")
+  sections=$(sed 's/\\-/-/g' "$here/../docs/omniquant.1" | awk -v title="^[.]SS .*$command" '/^[.]S[HS] / { on = $0 ~ title } on')
   for option in $("$program" $command --help | grep -o -e '--[a-z][a-z-]*' | sort -u); do
     case $option in --help | --usage | --version) continue ;; esac
     grep -q -e "$option\($\|[^a-z-]\)" <<<"$sections" || fail "the manual's $command does not tell $option"

@@ -115,7 +115,7 @@ class Source:
             del self.plain[name + ".weight"]
 
     def take(self, prefix, name, item):
-        if name.startswith("calibration"):
+        if name == "timing" or name.startswith("calibration"):
             return
         if isinstance(item, h5py.Group):
             if "codes" in item:

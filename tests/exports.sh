@@ -132,9 +132,30 @@ mkdir shut && chmod 555 shut
 unwritable() { ! export_to shut/in llama_mha w4-asymmetric hf 2>said && grep -q "shut/in: cannot be made" said; }
 [ "$(id -u)" = 0 ] || check "a folder that cannot be written" unwritable
 
+echo "# signals"
+# stopped SIGNAL: sent while the first block is written, which takes 20 seconds then; status 75, and not even a hidden folder is left.
+stopped() {
+  local before status
+  before=$(ls -A)
+  OMNIQUANT_TEST_READ_SECONDS=20 "$program" export --model models/llama_mha --quantized w4-symmetric --format hf --output stopped 2>said </dev/null &
+  until compgen -G '.stopped.*/config.json' >/dev/null; do
+    kill -0 $! || return 1
+    sleep 0.02
+  done
+  kill -"$1" $!
+  wait $!
+  status=$?
+  cat said
+  [ "$status" = 75 ] && [ "$(wc -l <said)" = 1 ] && grep -q "stopped by a signal; nothing is left of the export" said && [ "$before" = "$(ls -A)" ]
+}
+touch said
+check "SIGTERM" stopped TERM
+check "SIGINT" stopped INT
+
 echo "# the page of what is stored, and the card of what is exported"
 report() {
   "$python" "$here/../tools/report.py" mixtral --output report.html && grep -q '</html>' report.html && grep -q 'experts.7.w1' report.html &&
+    grep -q '<td>steps</td><td>training</td>' report.html && grep -q '<title>measure: ' report.html &&
     [ "$(grep -o '<circle' report.html | wc -l)" -gt 10 ] # losses before and after, of two blocks, and more
 }
 check "a report" report

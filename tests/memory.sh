@@ -1,6 +1,6 @@
 #!/bin/bash
 # memory.sh OMNIQUANT TEST_HELPER: peak memory does not grow with the number of blocks, in calibrate and in eval, by the program's own count, and in
-# export, by the kernel's.
+# export, by the kernel's; nor there with a block's layers.
 # Reader, writer and work go on side by side, and what they hold at once is chance: of calibrate's peaks the least of three runs counts.
 # shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
@@ -61,10 +61,18 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)' "$program"
 if python3 -c pass 2>/dev/null; then
   for format in hf gptq compressed-tensors; do
     export_peak 4 $format && few=$peak
+    [ $format != gptq ] || small=$few
     export_peak 32 $format
     # The names of 28 blocks' tensors may take something; their codes alone would be 21 MiB.
     echo "# export as $format: $few MiB for 4 blocks, $peak MiB for 32"
     check "export as $format: 32 blocks take no more than 4" awk -v few="$few" -v many="$peak" 'BEGIN { exit !(few > 0 && many < few + 4) }'
   done
+  # One block of seven layers, 4 MiB of codes each: the layer at work may be there twice, packed and as it is written.
+  "$helper" model "$work/model large" 1 2048 16 16 2048 256 BF16 || exit 1
+  launch 1 calibrate --model "$work/model large" --tokens "$work/tokens.h5" --output "$work/out large" --wbits 8 --symmetric --group-size 64 \
+    --epochs 0 --batch 1 --samples 1 --seqlen 8 >"$work/log" 2>&1 || cat "$work/log"
+  export_peak large gptq
+  echo "# export as gptq: $small MiB for small blocks, $peak MiB for one with 28 MiB of codes"
+  check "export as gptq: a large block is not held as a whole" awk -v small="$small" -v large="$peak" 'BEGIN { exit !(small > 0 && large < small + 14) }'
 fi
 finish

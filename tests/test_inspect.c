@@ -1,5 +1,5 @@
-/* test_inspect.c: what inspect prints of a store with a block missing, losses not measured and two kinds of groups; bits a weight are
- * checked against counting by hand. */
+/* test_inspect.c: what inspect prints of a store with a block missing, losses not measured, times of one block only and two kinds of groups;
+ * bits a weight are checked against counting by hand. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -22,6 +22,7 @@ static char folder[] = "/tmp/omniquant-inspect-XXXXXX", experts[] = "/tmp/omniqu
 static void write_block(struct store *store, int index, bool grouped, int untrained) {
   static uint8_t codes[2 * 5], zero_point[2 * 3];
   static uint16_t scale[2 * 3];
+  static float seconds[2 * 3] = {0.25f, 1, 0.25f, 0.5f, 0.5f, 0.5f}; /* rank 0 works for a second, rank 1 waits for it */
   struct quantized_linear linear = {.name = "mlp.up_proj",
                                     .out_features = 2,
                                     .in_features = 10,
@@ -41,6 +42,10 @@ static void write_block(struct store *store, int index, bool grouped, int untrai
                                 .world_size = 2,
                                 .linears = 1,
                                 .linear = &linear};
+  if (grouped) {
+    record.timing = (struct named_array){.name = "timing", .dimensions = 2, .shape = {2, 3}, .values = seconds};
+    strcpy(record.phases, "wait,steps,ranks");
+  }
   struct error error = {0};
   struct block_image image;
   if (block_image_make(&image, &record, store_info(store), "test", &error) || store_write_block(store, &image, &error))
@@ -108,6 +113,12 @@ static void test_json(void **state) {
   assert_int_equal(json_integer_value(json_object_get(first, "skipped_steps")), 3);
   assert_true(json_is_integer(json_object_get(first, "untrained_experts")));
   assert_int_equal(json_integer_value(json_object_get(first, "untrained_experts")), 0);
+  json_t *timing = json_object_get(first, "timing"), *seconds = json_object_get(timing, "seconds");
+  assert_string_equal(json_string_value(json_array_get(json_object_get(timing, "phases"), 1)), "steps");
+  assert_true(json_array_size(json_object_get(timing, "phases")) == 3 && json_array_size(seconds) == 2);
+  assert_true(json_real_value(json_array_get(json_array_get(seconds, 0), 1)) == 1);
+  assert_true(json_real_value(json_array_get(json_array_get(seconds, 1), 2)) == 0.5);
+  assert_true(json_is_null(json_object_get(second, "timing")));
   assert_int_equal(json_integer_value(json_object_get(second, "index")), 2);
   assert_true(json_is_null(json_object_get(second, "loss_end")));
   assert_string_equal(json_string_value(json_object_get(second, "kept")), "rtn");
@@ -125,7 +136,12 @@ static void test_table(void **state) {
                          "block   loss rtn loss start   loss end  kept  skipped  bits a weight  seconds\n"
                          "    0       0.25      0.125     0.0625  rtn         3        10.4000      1.5\n"
                          "    2       0.25          -          -  rtn         0         6.4000      1.5\n\n"
-                         "2 of 3 blocks, 40 weights of 8.4000 bits, 3.0 s\n";
+                         "2 of 3 blocks, 40 weights of 8.4000 bits, 3.0 s\n\n"
+                         "seconds            wait     steps     ranks\n"
+                         "mean of ranks       0.4       0.8       0.4\n"
+                         "least               0.2       0.5       0.2\n"
+                         "most                0.5       1.0       0.5\n"
+                         "rank 0 has worked longest, 1.0 s without waiting\n";
   assert_string_equal(text, expected);
   free(text);
 }

@@ -85,6 +85,9 @@ static struct block_record make_record(int index, int linears, int folded, int c
   record.linears = linears;
   record.folded_arrays = folded;
   record.calibration_arrays = calibration;
+  record.timing = make_array("timing", 2, 4, 2);
+  for (int i = 0; i < 4 * 2; i++) record.timing.values[i] = (float)i / 8;
+  strcpy(record.phases, "wait,steps");
   return record;
 }
 
@@ -141,7 +144,9 @@ static bool records_same(const struct block_record *a, const struct block_record
   bool same = a->index == b->index && doubles_same(a->loss_rtn, b->loss_rtn) && doubles_same(a->loss_start, b->loss_start) &&
               doubles_same(a->loss_end, b->loss_end) && !strcmp(a->kept, b->kept) && a->skipped_steps == b->skipped_steps &&
               a->untrained_experts == b->untrained_experts && a->seconds == b->seconds && a->world_size == b->world_size &&
-              a->linears == b->linears && a->folded_arrays == b->folded_arrays && a->calibration_arrays == b->calibration_arrays;
+              !strcmp(a->phases, b->phases) && !a->timing.values == !b->timing.values &&
+              (!a->timing.values || arrays_same(&a->timing, &b->timing)) && a->linears == b->linears &&
+              a->folded_arrays == b->folded_arrays && a->calibration_arrays == b->calibration_arrays;
   for (int i = 0; same && i < a->linears; i++) same = linears_same(&a->linear[i], &b->linear[i]);
   for (int i = 0; same && i < a->folded_arrays; i++) same = arrays_same(&a->folded[i], &b->folded[i]);
   for (int i = 0; same && i < a->calibration_arrays; i++) same = arrays_same(&a->calibration[i], &b->calibration[i]);
@@ -277,6 +282,23 @@ static void a_block_may_be_written_again(void **state) {
   store_close(store, &error);
   assert_int_equal(scratch_count(scratch_path(&out, "blocks").text), 1);
   assert_int_equal(scratch_count(out.text), 2);
+}
+
+/* Files of earlier versions. */
+static void times_may_be_missing(void **state) {
+  (void)state;
+  struct error error = {0};
+  struct path out = make_store();
+  struct store *store = open_good(out.text);
+  struct block_record records[2] = {make_small(1), make_small(1)};
+  for (int i = 0; i < 2; i++) {
+    free(records[i].timing.values);
+    records[i].timing = (struct named_array){0};
+    records[i].phases[0] = 0;
+  }
+  write_good(store, records[0]);
+  check_block(store, records[1]);
+  store_close(store, &error);
 }
 
 static void long_texts_are_stored(void **state) {
@@ -509,6 +531,18 @@ static void what_could_not_be_read_is_not_written(void **state) {
   record = make_small(1);
   strcpy(record.calibration[0].name, "a/./b");
   refuse_write(store, record, "name cannot be stored");
+  record = make_small(1);
+  strcpy(record.folded[0].name, "timing");
+  refuse_write(store, record, "name cannot be stored");
+  record = make_small(1);
+  strcpy(record.phases, "wait,steps,ranks");
+  refuse_write(store, record, "timing: is not seconds of 4 ranks in the phases 'wait,steps,ranks'");
+  record = make_small(1);
+  strcpy(record.phases, "wait,Steps");
+  refuse_write(store, record, "timing: is not seconds of 4 ranks");
+  record = make_small(1);
+  record.timing.values[5] = -1;
+  refuse_write(store, record, "timing: rank 2: -1 seconds are no time");
   record = make_small(1);
   strcpy(record.folded[0].name, "self_attn.q_proj"); /* found by HDF5 only when half is written */
   refuse_write(store, record, "self_attn.q_proj: cannot be written");
@@ -812,6 +846,11 @@ enum block_lie {
   KEPT_OTHER,
   WORLD_ZERO,
   UNTRAINED_NEGATIVE,
+  TIMING_RANKS,
+  TIMING_PHASES,
+  TIMING_UNNAMED,
+  TIMING_INFINITE,
+  TIMING_DOUBLE,
   BITS_NINE,
   BITS_FOUR,
   GROUP_ZERO,
@@ -873,6 +912,19 @@ static const char *tell_block_lie(hid_t file, enum block_lie lie) {
     return set_integer(file, "/block", "world_size", 0), "attribute world_size: is 0";
   case UNTRAINED_NEGATIVE:
     return set_integer(file, "/block", "untrained_experts", -1), "attribute untrained_experts: is -1";
+  case TIMING_RANKS:
+    return set_integer(file, "/block", "world_size", 3), "0000.h5: timing: is not seconds of 3 ranks in the phases 'wait,steps'";
+  case TIMING_PHASES:
+    return set_text(file, "/block/timing", "phases", "wait", false), "timing: is not seconds of 4 ranks in the phases 'wait'";
+  case TIMING_UNNAMED:
+    return H5Adelete_by_name(file, "/block/timing", "phases", H5P_DEFAULT), "timing: attribute phases: is missing";
+  case TIMING_INFINITE:
+    object = H5Dopen2(file, "/block/timing", H5P_DEFAULT);
+    H5Dwrite(object, H5T_NATIVE_FLOAT, H5S_ALL, H5S_ALL, H5P_DEFAULT, (const float[8]){[7] = INFINITY});
+    H5Dclose(object);
+    return "timing: rank 3: inf seconds are no time";
+  case TIMING_DOUBLE:
+    return replace_dataset(file, "/block/timing", H5T_IEEE_F64LE, 2, 4, 2, H5P_DEFAULT), "timing: has another type";
   case BITS_NINE:
     return set_integer(file, q, "bits", 9), "self_attn.q_proj: attribute bits: is 9 but must be in 2..8";
   case BITS_FOUR:
@@ -1023,6 +1075,7 @@ int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test_setup_teardown(blocks_come_back_as_they_were_written, setup, teardown),
       cmocka_unit_test_setup_teardown(a_block_may_be_written_again, setup, teardown),
+      cmocka_unit_test_setup_teardown(times_may_be_missing, setup, teardown),
       cmocka_unit_test_setup_teardown(long_texts_are_stored, setup, teardown),
       cmocka_unit_test_setup_teardown(only_a_new_or_empty_folder_is_taken, setup, teardown),
       cmocka_unit_test_setup_teardown(the_same_run_goes_on, setup, teardown),

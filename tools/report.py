@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Makes one self-contained HTML page of what calibrate stored: losses of each block, distributions of scales and clipping, bits a weight, sizes,
-times. Readable without having seen the run, and without a network.
+and where the time went, by phase and rank. Readable without having seen the run, and without a network.
 """
 import sys
 
@@ -22,6 +22,10 @@ except ImportError as error:
 
 WIDTH, HEIGHT, MARGIN = 860, 240, 48
 COLORS = ("#b5533c", "#c9a227", "#2f6f8f")
+PHASE_COLORS = ("#9aa5ad", "#2f6f8f", "#6fa8a0", "#b5533c", "#c9a227", "#7d5a8c", "#dcdfe2", "#444444")
+PHASES = {"wait": "waiting for the block's weights, which the first rank reads", "target": "unpacking them; what the block computes in full precision",
+          "start": "the first clipping factors and transformation", "steps": "training", "measure": "what the quantized block computes, and its losses",
+          "store": "packing, and writing the block before", "ranks": "sums over ranks, and waiting for slower ranks"}  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}
 h1,h2{line-height:1.2}h2{margin-top:2.2rem}table{border-collapse:collapse;font-size:14px}td,th{padding:.15rem .7rem;text-align:right;
 border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}svg{width:100%;height:auto}svg text{font-size:12px;fill:#444}
@@ -58,7 +62,10 @@ def summarize_block(number, block):
     block.visititems(take)
     losses = {key: float(block.attrs[f"loss_{key}"]) for key in ("rtn", "start", "end")}
     epochs = calibration["loss"][:].tolist() if "loss" in calibration else []
-    return {"index": int(number), "loss": losses, "kept": block.attrs["kept"].decode(), "seconds": float(block.attrs["seconds"]),
+    times = None
+    if "timing" in block:
+        times = {"phases": block["timing"].attrs["phases"].decode().split(","), "seconds": block["timing"][:].astype(np.float64)}
+    return {"index": int(number), "times": times, "loss": losses, "kept": block.attrs["kept"].decode(), "seconds": float(block.attrs["seconds"]),
             "ranks": int(block.attrs["world_size"]), "skipped": int(block.attrs["skipped_steps"]), "layers": layers, "epochs": epochs}  # fmt: skip
 
 
@@ -148,6 +155,20 @@ def draw_spread(blocks, values):
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(shapes)}</svg>'
 
 
+def draw_times(columns, labels, phases):
+    """columns: seconds of each phase, stacked; labels: what stands below them, (place, text)."""
+    shapes, height = frame(0.0, 1.05 * max(float(column.sum()) for column in columns) or 1.0, False, labels)
+    half = min(24.0, (WIDTH - MARGIN) / len(columns) / 2.6)
+    for i, column in enumerate(columns):
+        below = 0.0
+        for seconds, phase, color in zip(column, phases, PHASE_COLORS * len(phases)):
+            x, top, bottom = position(i, len(columns)) - half, height(below + seconds), height(below)
+            shapes.append(f'<rect x="{x:.1f}" y="{top:.1f}" width="{2 * half:.1f}" height="{max(0.0, bottom - top):.1f}" fill="{color}">'
+                          f'<title>{html.escape(phase)}: {seconds:.3g} s</title></rect>')  # fmt: skip
+            below += seconds
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(shapes)}</svg>'
+
+
 # ---- the page ----
 
 
@@ -194,6 +215,27 @@ def layer_table(blocks):
     return table(("layer", "bits a weight", "median scale", "largest scale", "mean clipping factor", "mean zero point"), rows)
 
 
+def time_section(blocks):
+    """Where the time went, of the blocks that as many ranks as the last one calibrated."""
+    last = next((b["times"] for b in reversed(blocks) if b["times"]), None)
+    if not last:
+        return '<p class="note">This store does not say where the time went.</p>'
+    timed = [b for b in blocks if b["times"] and b["times"]["phases"] == last["phases"] and b["times"]["seconds"].shape == last["seconds"].shape]
+    phases, ranks = last["phases"], sum(b["times"]["seconds"] for b in timed)
+    rows = [(phase, PHASES.get(phase, ""), f"{column.mean():.1f}", f"{100 * column.mean() / max(ranks.sum(1).mean(), 1e-30):.1f} %",
+             f"{column.min():.1f} (rank {column.argmin()})", f"{column.max():.1f} (rank {column.argmax()})")
+            for phase, column in zip(phases, ranks.T)]  # fmt: skip
+    key = "".join(f'<span><b style="background:{color}"></b>{html.escape(phase)}</span>' for phase, color in zip(phases, PHASE_COLORS * len(phases)))
+    step = max(1, len(ranks) // 16)
+    return f"""<p class="note">A rank is one process of the run. Of {len(timed)} blocks by {len(ranks)} ranks; every moment of a rank is in one phase.</p>
+{table(("phase", "what", "seconds, mean of ranks", "share", "least", "most"), rows)}
+<h3>Each block</h3><p class="note">Seconds, mean of its ranks.</p><p class="key">{key}</p>
+{draw_times([b["times"]["seconds"].mean(0) for b in timed], block_labels(timed), phases)}
+<h3>Each rank</h3><p class="note">Seconds, over these blocks. Ranks are in step: the one with least of <i>ranks</i> is the one that the others waited for.</p>
+<p class="key">{key}</p>
+{draw_times(list(ranks), [(position(i, len(ranks)), f"rank {i}") for i in range(0, len(ranks), step)], phases)}"""
+
+
 def page(store, name):
     blocks, recipe = store["blocks"], store["recipe"]
     losses = [(title, [block["loss"][key] for block in blocks])
@@ -221,6 +263,7 @@ block's on calibration text: the loss is the mean square of the difference. Lowe
 <h2>Scales</h2><p class="note">The step from one code to the next.</p>{spread}{draw_spread(blocks, scales)}
 <h2>Layers</h2>{layer_table(blocks)}
 <h2>Time</h2><p class="note">Seconds a block; all ranks work on the same block.</p>{draw_lines(blocks, [("seconds", [b["seconds"] for b in blocks])], False)}
+{time_section(blocks)}
 <h2>Recipe</h2>{settings}
 </html>
 """

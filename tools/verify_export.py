@@ -64,7 +64,7 @@ def read_store(folder, model_type):
         for number, block in store["blocks"].items():
 
             def take(name, item, at=prefix % int(number)):
-                if name.startswith("calibration"):
+                if name == "timing" or name.startswith("calibration"):
                     return
                 if isinstance(item, h5py.Group) and "codes" in item:
                     weights[f"{at}{name}.weight"] = torch.from_numpy(dequantize(item))

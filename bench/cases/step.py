@@ -18,7 +18,7 @@ COLUMNS = {
     "limit_step_ms": "the sum of `limit_ms` over the operations",
     "step_of_limit": "`limit_step_ms` over `step_ms`",
     "against_pytorch": "`step_ms` over PyTorch's",
-    "part": "what of a step the operation belongs to",
+    "part": "what of a step the operation belongs to (`kernels/trace.h`)",
     "operation": "as `kernels/kernels.h` names it; `_bf16`: with its operands rounded; `rest`: what lies between them",
     "calls": "in a step",
     "ms": "in a step, the median of as many further steps, in which each operation is timed by itself",
@@ -32,16 +32,6 @@ LIMIT = ("of products the speed of one large product (`limit_gflops`), of the re
          "on as many threads; exponentials and divisions are not counted")
 
 VARIANTS = {"fp32": [], "bf16": ["--bf16"], "let a4": ["--let", "--bits", 4, "--group", 0, "--abits", 4]}
-
-
-PARTS = {"linear": "products", "attention": "attention", "quantize": "quantizer", "silu": "activation", "norm": "norms", "rope": "positions",
-         "mse": "loss", "sigmoid": "optimizer", "step": "optimizer", "adamw": "optimizer", "copy": "moves", "clear": "moves", "add": "moves",
-         "accumulate": "moves", "rest": "rest"}  # fmt: skip
-
-
-def part_of(operation):
-    """By its first word; the others are LET's."""
-    return PARTS.get(operation.partition("_")[0], "transformation")
 
 
 def options(parser):
@@ -79,6 +69,6 @@ def rows(bench, arguments):
     for variant, step in results.items():
         total = sum(operation["ms"] for operation in step["operations"])
         for operation in sorted(step["operations"], key=lambda operation: -operation["ms"]):
-            yield {"variant": variant, "part": part_of(operation["operation"]), "operation": operation["operation"], "calls": operation["calls"],
+            yield {"variant": variant, "part": operation["part"], "operation": operation["operation"], "calls": operation["calls"],
                    "ms": operation["ms"], "share": operation["ms"] / total, "mbyte": operation["mbyte"], "gflop": operation["gflop"],
                    "limit_ms": operation["limit_ms"], "of_limit": operation["limit_ms"] / operation["ms"] if operation["limit_ms"] and operation["ms"] else None}  # fmt: skip

@@ -304,6 +304,11 @@ static struct block_record make_whole(void) {
   record.linears = PARTS;
   for (int i = 0; i < PARTS; i++) record.linear[i] = make_linear(parts[i].name, parts[i].out, 4, 3, 2);
   snprintf(record.folded[0].name, sizeof record.folded[0].name, "input_layernorm.weight");
+  record.timing = make_array("timing", 0, 2);
+  record.timing.dimensions = 2;
+  record.timing.shape[0] = 1;
+  record.timing.shape[1] = 2;
+  snprintf(record.phases, sizeof record.phases, "wait,steps");
   return record;
 }
 
