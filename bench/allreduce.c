@@ -79,6 +79,7 @@ int main(int argc, char **argv) {
   setup.seconds = calloc((size_t)setup.repeats, sizeof *setup.seconds);
   if (!setup.seconds) error_set(&error, ERROR_WORK, "out of memory");
   if (argc < 2 || setup.world.size < 2) error_set(&error, ERROR_INPUT, "counts of floats are expected, and at least two ranks");
+  world_agree(&setup.world, &error);
   for (int i = 1; i < argc && !error.code; i++) {
     setup_size(&setup, argv[i], &error);
     if (!world_agree(&setup.world, &error)) run(&setup);
