@@ -61,7 +61,9 @@ class Bench:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
                               env={**os.environ, **(environment or {})})
         if done.returncode != 0:
-            said = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()[-1]
+            lines = (done.stderr.strip() or done.stdout.strip() or "nothing was said").splitlines()
+            own = [line for line in lines if line.partition(":")[0] in {Path(word).name for word in command}]  # mpirun has more to say
+            said = (own or lines)[-1]
             raise Failure(f"{' '.join(command)}: ended with {done.returncode}: {said}")
         return done.stdout, done.stderr
 
