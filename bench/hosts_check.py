@@ -25,21 +25,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # Small groups and short samples: large gradients for little work, so that the network counts on a small machine.
 MODEL = {"blocks": 3, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 96}
 FLAGS = ["--wbits", "3", "--group-size", "4", "--seqlen", "16", "--sampling", "sequential", "--lwc-lr", "1e-3"]
-SAMPLES, BATCH, EPOCHS = 16, 4, 6
+SAMPLES, BATCH, EPOCHS = 16, 4, 4
 COLUMNS = {
     "link": "bits a second and one-way delay that the hosts' links are given",
     "sends": "how Open MPI sends large messages over TCP: put, its default, or send (--mca btl_tcp_flags send,inplace)",
     "ranks": "processes of one thread, each on a host of its own; all hosts share this machine's cores",
     "latency_us": "one way, measured between two ranks",
     "MB_a_second": "each way, measured between two ranks that exchange and add",
-    "slowed": "ranks over cores where that is above 1: the factor by which computing is taken to be slower",
+    "slowed": "seconds of as many runs of one rank each, side by side and without a word to each other, over those of one alone: what sharing this machine"
+    " costs each rank, and the factor by which computing is taken to be slower",
     "measured": "seconds of all blocks, as the store tells them; the fastest of the repeats",
     "slowest": "the slowest of the repeats",
     "simulated": "seconds that simulate.py says",
     "error": "simulated over measured, less 1",
     "network": "share of the simulated seconds that are sums over the ranks",
 }
-LIMIT = "the switch and TCP run on the cores that also compute, so that fast links are slower than asked for, and more than two ranks share cores"
+LIMIT = "the switch and TCP run on the cores that also compute, so that fast links are slower than asked for; ranks beyond the cores share them"
 
 # In one process, because the hosts end with it: RATE DELAY RANKS REPEATS SENDS, in the folder $work.
 HOSTS = r"""
@@ -87,14 +88,36 @@ def file_rates(work, count):
     return {"read_bytes_a_second": count / (time.perf_counter() - written), "write_bytes_a_second": count / (written - begin)}
 
 
-def simulated(workload, network, rates, ranks):
-    """A row of simulate.py. On fewer cores than ranks, computing takes as much longer."""
-    slowed = max(1.0, ranks / os.cpu_count())
+def side_by_side(work, build, count):
+    """Mean seconds of runs of one rank each that go on at once."""
+    program, flags = build / "omniquant", [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS, "--threads", 1]
+    command = [program, "calibrate", "--model", work / "model", "--tokens", work / "tokens.h5", *flags]
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        outputs = [f"{folder}/{i}" for i in range(count)]
+        running = [subprocess.Popen([str(part) for part in [*command, "--output", output]], env=measure_workload.environment(),
+                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for output in outputs]  # fmt: skip
+        if any([process.wait() for process in running]):
+            sys.exit("hosts_check.py: a run side by side with others failed")
+        return sum(measure_workload.inspect(program, output)["seconds"] for output in outputs) / count
+
+
+def slowdowns(work, build, sizes, repeats):
+    """For each number of ranks, what sharing this machine costs each."""
+    best = {}
+    for _ in range(repeats):
+        for count in sorted({1, *sizes}):
+            seconds = side_by_side(work, build, count)
+            best[count] = min(seconds, best.get(count, seconds))
+    return {count: max(1.0, seconds / best[1]) for count, seconds in best.items()}
+
+
+def simulated(workload, network, rates, ranks, slowed):
+    """A row of simulate.py."""
     slow = {name: value * slowed if "seconds" in name else value for name, value in workload.items()}
     cluster = {**network, **rates, "ranks_a_node": 1, "node_latency_seconds": network["latency_seconds"],
                "node_bytes_a_second": network["bytes_a_second"]}  # fmt: skip
     options = argparse.Namespace(seed=0, jitter=0.0, slow_rank=0.0, collective="doubling", simulated_blocks=workload["blocks"])
-    return slowed, cluster, simulate.simulate(slow, cluster, [ranks], options)[0]
+    return cluster, simulate.simulate(slow, cluster, [ranks], options)[0]
 
 
 def first_line(*command):
@@ -133,12 +156,13 @@ def check(options, work):
     rows, clusters = [], []
     for link, sends in cases:
         network, found = hosts(work, build, max(sizes), link, sizes, options.repeats, sends)
+        slowed = slowdowns(work, build, sizes, options.repeats)
         for ranks in sizes:
-            slowed, cluster, row = simulated(workload, network, rates, ranks)
+            cluster, row = simulated(workload, network, rates, ranks, slowed[ranks])
             measured = min(found[ranks])
             rows.append({
                 "link": f"{link[0] / 1e9:g}G {link[1] * 1e3:g}ms", "sends": sends, "ranks": ranks, "latency_us": network["latency_seconds"] * 1e6,
-                "MB_a_second": network["bytes_a_second"] / 1e6, "slowed": slowed, "measured": measured, "slowest": max(found[ranks]),
+                "MB_a_second": network["bytes_a_second"] / 1e6, "slowed": slowed[ranks], "measured": measured, "slowest": max(found[ranks]),
                 "simulated": row["seconds"], "error": row["seconds"] / measured - 1, "network": row["all-reduce"] / row["seconds"],
             })  # fmt: skip
             print(table(rows).splitlines()[-1], flush=True)

@@ -68,27 +68,40 @@ class Cluster:
         return count / rate + fill
 
 
-def doubling(times, count, cluster):
-    """world_allreduce: recursive doubling, nearest ranks first, the whole message in each round. Times of the ranks, in place; returns seconds of
-    transfer, of each rank."""
+def rounds_of(times, whole, counts, cluster):
+    """Rounds of exchanges with the rank at distance 1, 2, 4, ...: `counts`: (distance, bytes) of each. Ranks beyond a power of two give theirs away
+    first, `whole` bytes, and have the sum last. Times of the ranks, in place; returns each rank's seconds of transfer."""
     size = len(times)
     power = 1 << (size.bit_length() - 1)
     spent = [0.0] * size
+    sharing = min(cluster.node, power)
     extra = range(power, size)
-    for rank in extra:  # those beyond a power of two give theirs away first
-        meet(times, spent, rank, rank - power, cluster.message(count, cluster.same_node(rank, rank - power), len(extra)))
-    distance = 1
-    while distance < power:
-        sharing = min(cluster.node, power)
+    for rank in extra:
+        meet(times, spent, rank, rank - power, cluster.message(whole, cluster.same_node(rank, rank - power), len(extra)))
+    for distance, count in counts:
         inside, across = cluster.message(count, True), cluster.message(count, False, sharing)
         for rank in range(power):
             if not rank & distance:
-                near = cluster.same_node(rank, rank + distance)
-                meet(times, spent, rank, rank + distance, inside if near else across)
-        distance *= 2
+                meet(times, spent, rank, rank + distance, inside if cluster.same_node(rank, rank + distance) else across)
     for rank in extra:
-        meet(times, spent, rank, rank - power, cluster.message(count, cluster.same_node(rank, rank - power), len(extra)))
+        meet(times, spent, rank, rank - power, cluster.message(whole, cluster.same_node(rank, rank - power), len(extra)))
     return spent
+
+
+def distances(size):
+    return [1 << i for i in range(size.bit_length() - 1)]
+
+
+def doubling(times, count, cluster):
+    """world_allreduce: recursive doubling, nearest ranks first, the whole message in each round."""
+    return rounds_of(times, count, [(distance, count) for distance in distances(len(times))], cluster)
+
+
+def halving(times, count, cluster):
+    """The same tree of sums, bit for bit, in shares: in each round partners exchange the halves of what they have and each sums one; then the shares
+    go back the same way."""
+    there = [(distance, count / distance / 2) for distance in distances(len(times))]
+    return rounds_of(times, count, there + there[::-1], cluster)
 
 
 def meet(times, spent, a, b, seconds):
@@ -118,7 +131,7 @@ def tree(times, count, cluster):
     return together(times, 2 * (near * cluster.message(count, True) + (rounds - near) * cluster.message(count, False)))
 
 
-COLLECTIVES = {"doubling": doubling, "ring": ring, "tree": tree}
+COLLECTIVES = {"doubling": doubling, "halving": halving, "ring": ring, "tree": tree}
 
 
 class Stream:
