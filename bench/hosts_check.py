@@ -32,8 +32,8 @@ COLUMNS = {
     "ranks": "processes of one thread, each on a host of its own; all hosts share this machine's cores",
     "latency_us": "one way, measured between two ranks",
     "MB_a_second": "each way, measured between two ranks that exchange and add",
-    "slowed": "seconds of as many runs of one rank each, side by side and without a word to each other, over those of one alone: what sharing this machine"
-    " costs each rank, and the factor by which computing is taken to be slower",
+    "slowed": "seconds of as many runs of one rank each, side by side and without a word to each other, over what the workload says of one alone: what"
+    " sharing this machine costs each rank at that time, and the factor by which computing is taken to be slower",
     "measured": "seconds of all blocks, as the store tells them; the fastest of the repeats",
     "slowest": "the slowest of the repeats",
     "simulated": "seconds that simulate.py says",
@@ -66,7 +66,7 @@ def hosts(work, build, most, link, ranks, repeats, sends):
     """Runs on hosts of these links: what the network is, and for each number of ranks the seconds of its runs' blocks."""
     flags = [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS]
     variables = {"root": ROOT, "build": build, "work": work, "most": most, "flags": " ".join(map(str, flags))}
-    command = ["bash", "-c", HOSTS, "hosts", *map(str, link), " ".join(map(str, ranks)), str(repeats), sends]
+    command = ["setpriv", "--pdeathsig", "TERM", "bash", "-c", HOSTS, "hosts", *map(str, link), " ".join(map(str, ranks)), str(repeats), sends]
     done = subprocess.run(command, env={**measure_workload.environment(), **{name: str(value) for name, value in variables.items()}})
     if done.returncode:
         sys.exit(f"hosts_check.py: the runs with links of {link[0]:g} bit/s and {link[1]:g} s failed")
@@ -101,14 +101,14 @@ def side_by_side(work, build, count):
         return sum(measure_workload.inspect(program, output)["seconds"] for output in outputs) / count
 
 
-def slowdowns(work, build, sizes, repeats):
-    """For each number of ranks, what sharing this machine costs each."""
+def slowdowns(work, build, sizes, repeats, alone):
+    """For each number of ranks, what sharing this machine costs each; `alone`: what one takes by the workload."""
     best = {}
     for _ in range(repeats):
-        for count in sorted({1, *sizes}):
+        for count in sizes:
             seconds = side_by_side(work, build, count)
             best[count] = min(seconds, best.get(count, seconds))
-    return {count: max(1.0, seconds / best[1]) for count, seconds in best.items()}
+    return {count: seconds / alone for count, seconds in best.items()}
 
 
 def simulated(workload, network, rates, ranks, slowed):
@@ -152,11 +152,12 @@ def check(options, work):
                                 epochs=EPOCHS, repeats=options.repeats)  # fmt: skip
     workload = measure_workload.measure(single, FLAGS)
     rates = file_rates(work, workload["block_bytes"])
+    alone = simulated(workload, {"latency_seconds": 0, "bytes_a_second": 1e12}, rates, 1, 1)[1]["seconds"]
     cases = [(link, "send") for link in links] + [(links[0], "put")]
     rows, clusters = [], []
     for link, sends in cases:
         network, found = hosts(work, build, max(sizes), link, sizes, options.repeats, sends)
-        slowed = slowdowns(work, build, sizes, options.repeats)
+        slowed = slowdowns(work, build, sizes, options.repeats, alone)
         for ranks in sizes:
             cluster, row = simulated(workload, network, rates, ranks, slowed[ranks])
             measured = min(found[ranks])
@@ -174,7 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description="Check bench/simulate.py against runs over hosts on this machine.")
     parser.add_argument("--build", type=lambda text: Path(text).resolve(), default=ROOT / "build-test", help="with the tests and benchmarks")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--links", default="1e9:1e-4,1e9:1e-3,1e10:1e-4,1e10:1e-3", help="bits a second : seconds, with commas")
+    parser.add_argument("--links", default="1e9:1e-4,1e9:1e-3,1e10:1e-4,1e10:1e-3,1e8:1e-3", help="bits a second : seconds, with commas")
     parser.add_argument("--ranks", default="1,2,4")
     parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
     options = parser.parse_args()
