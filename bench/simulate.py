@@ -356,7 +356,7 @@ def parse():
     parser.add_argument("files", nargs="*", metavar="FILE", help="JSON with the members workload and cluster, or one of them")
     parser.add_argument("--workload", action="append", default=[], metavar="FILE", help="the same")
     parser.add_argument("--cluster", action="append", default=[], metavar="FILE", help="the same")
-    parser.add_argument("--ranks", default="1,2,4,8,16", help="numbers of ranks, with commas")
+    parser.add_argument("--ranks", help="numbers of ranks, with commas (default: 1, 2, 4, ... to the cluster's `ranks`)")
     parser.add_argument("--batch", type=int, help="samples of a step, with as many epochs")
     parser.add_argument("--ranks-a-node", type=int)
     parser.add_argument("--latency-seconds", type=float)
@@ -375,10 +375,10 @@ def parse():
     if not options.paths:
         parser.error("no FILE given")
     try:
-        options.sizes = [int(text) for text in options.ranks.split(",")]
+        options.sizes = [int(text) for text in options.ranks.split(",")] if options.ranks else []
     except ValueError:
         parser.error(f"--ranks {options.ranks}: not numbers with commas")
-    if min(options.sizes) < 1 or (options.batch is not None and options.batch < 1) or options.jitter < 0:
+    if min(options.sizes, default=1) < 1 or (options.batch is not None and options.batch < 1) or options.jitter < 0:
         parser.error("--ranks and --batch begin at 1, --jitter at 0")
     return options
 
@@ -392,7 +392,8 @@ def main():
     for name in ("ranks_a_node", "latency_seconds", "bytes_a_second"):
         if getattr(options, name) is not None:
             cluster = {**cluster, name: getattr(options, name)}
-    rows = simulate(workload, cluster, options.sizes, options)
+    sizes = options.sizes or [1 << i for i in range(max(1, int(cluster.get("ranks", 16))).bit_length())]
+    rows = simulate(workload, cluster, sizes, options)
     print_table(rows)
     if options.json:
         result = {"workload": workload, "cluster": cluster, "jitter": options.jitter, "slow_rank": options.slow_rank,

@@ -73,7 +73,7 @@ export OMNIQUANT_TEST_READ_SECONDS=2
 calibrate 4 ranks -x OMNIQUANT_TEST_READ_SECONDS &
 calibrate 4 mpirun "${keepalive[@]}" -x OMNIQUANT_TEST_READ_SECONDS &
 noticing=$!
-for name in ranks mpirun; do check "$name: stores blocks" hosts_wait 20 test -e "$work/$name/blocks/0001.h5"; done
+for name in ranks mpirun; do check "$name: stores blocks" hosts_wait 60 test -e "$work/$name/blocks/0001.h5"; done
 check "h3 is cut off" hosts_enter 3 ip link set eth0 down
 begin=$SECONDS
 ended() { ! kill -0 "$noticing"; }
