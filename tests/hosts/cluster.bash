@@ -5,6 +5,7 @@
 hosts_folder=''   # the cluster's own files
 hosts_switch=''   # process id
 hosts_sleepers=() # host i is where hosts_sleepers[i - 1] sleeps
+hosts_networks=() # and its network is hosts_networks[i - 1], as /proc names it
 hosts_rate=0      # bits a second of every link; 0: as fast as it goes
 hosts_frame_bytes=65000
 
@@ -47,6 +48,7 @@ hosts_make() {
   sleeper=$!
   hosts_sleepers+=("$sleeper")
   hosts_wait 10 test -e "$hosts_folder/h$host" || return
+  hosts_networks+=("$(readlink "/proc/$sleeper/ns/net")")
   ip link set "oq$$-$host" netns "$sleeper" name eth0 || return
   hosts_enter "$host" ip link set eth0 gso_max_size "$hosts_frame_bytes"
   # The switch keeps the rate; this keeps what waits for it with its socket, where TCP sees it, so that acknowledgements do not wait behind.
@@ -109,20 +111,21 @@ hosts_mpirun() {
 
 # Process ids of what runs on a host, known by its network.
 hosts_processes() {
-  local process network
-  network=$(readlink "/proc/${hosts_sleepers[$1 - 1]}/ns/net")
+  local process
+  [ -n "${hosts_networks[$1 - 1]}" ] || return # it was never there
   for process in /proc/[0-9]*; do
-    if [ "$(readlink "$process/ns/net" 2>/dev/null)" = "$network" ]; then echo "${process#/proc/}"; fi
+    if [ "$(readlink "$process/ns/net" 2>/dev/null)" = "${hosts_networks[$1 - 1]}" ]; then echo "${process#/proc/}"; fi
   done
 }
 
+# Sleepers may be gone already: a signal to this shell's group ends them.
 hosts_stop() {
   local host
-  for ((host = 1; host <= ${#hosts_sleepers[@]}; host++)); do
+  for ((host = 1; host <= ${#hosts_networks[@]}; host++)); do
     # shellcheck disable=SC2046 # numbers
     kill -KILL $(hosts_processes "$host") 2>/dev/null
     wait "${hosts_sleepers[host - 1]}" 2>/dev/null
   done
   [ -z "$hosts_switch" ] || { kill "$hosts_switch" && wait "$hosts_switch"; } 2>/dev/null
-  hosts_sleepers=() hosts_switch=''
+  hosts_sleepers=() hosts_networks=() hosts_switch=''
 }
