@@ -45,7 +45,7 @@ case ${1:-} in
 *) usage >&2 && exit 2 ;;
 esac
 
-install_packages "${packages[@]}" g++ libcmocka-dev python3-venv valgrind
+install_packages "${packages[@]}" g++ libcmocka-dev iproute2 python3-venv valgrind
 layout=0
 if [ "$folder" = build-test ]; then check_format || layout=1; fi
 build "$folder" "${options[@]}"

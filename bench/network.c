@@ -1,0 +1,88 @@
+/* network.c: what a message costs between ranks 0 and 1, as the sum of gradients sends it: both exchange and add (MPI_Sendrecv). Prints JSON for
+ * bench/simulate.py: latency_seconds (half of a round trip of 4 bytes), bytes_a_second (each way, from the two largest exchanges), and
+ * `exchanges`, [bytes, seconds], each the median of its repeats. Other ranks wait. */
+#include <mpi.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+enum { SIZES = 12, LEAST_REPEATS = 5, MOST_REPEATS = 200, FIRST_BYTES = 4, TAG = 1 };
+static const double SECONDS_A_SIZE = 0.4;
+
+static int ascending(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median(double *values, int count) {
+  qsort(values, (size_t)count, sizeof *values, ascending);
+  return values[count / 2];
+}
+
+/* Seconds of one exchange. */
+static double exchange(float *mine, float *other, int count, int partner) {
+  double begin = MPI_Wtime();
+  MPI_Sendrecv(mine, count, MPI_FLOAT, partner, TAG, other, count, MPI_FLOAT, partner, TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+  for (int i = 0; i < count; i++) mine[i] += other[i];
+  return MPI_Wtime() - begin;
+}
+
+/* The ranks go from one exchange into the next without a word: each begins when the one before is over on both. */
+static double exchanges(float *mine, float *other, int count, int rank) {
+  double seconds[MOST_REPEATS];
+  for (int i = 0; i < 3; i++) seconds[0] = exchange(mine, other, count, 1 - rank); /* the connection, and its window */
+  double fit = SECONDS_A_SIZE / seconds[0];
+  int repeats = fit > MOST_REPEATS ? MOST_REPEATS : fit < LEAST_REPEATS ? LEAST_REPEATS : (int)fit;
+  if (rank == 0)
+    MPI_Send(&repeats, 1, MPI_INT, 1, TAG, MPI_COMM_WORLD);
+  else
+    MPI_Recv(&repeats, 1, MPI_INT, 0, TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+  for (int i = 0; i < repeats; i++) seconds[i] = exchange(mine, other, count, 1 - rank);
+  return median(seconds, repeats);
+}
+
+static double round_trip(int rank) {
+  double seconds[MOST_REPEATS];
+  float word = 0;
+  for (int i = 0; i < MOST_REPEATS; i++) {
+    double begin = MPI_Wtime();
+    if (rank == 0) MPI_Send(&word, 1, MPI_FLOAT, 1, TAG, MPI_COMM_WORLD);
+    MPI_Recv(&word, 1, MPI_FLOAT, 1 - rank, TAG, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+    if (rank == 1) MPI_Send(&word, 1, MPI_FLOAT, 0, TAG, MPI_COMM_WORLD);
+    seconds[i] = MPI_Wtime() - begin;
+  }
+  return median(seconds, MOST_REPEATS);
+}
+
+static void measure(int rank, float *mine, float *other) {
+  int bytes[SIZES];
+  double seconds[SIZES], trip = round_trip(rank);
+  for (int i = 0; i < SIZES; i++) {
+    bytes[i] = FIRST_BYTES << 2 * i;
+    seconds[i] = exchanges(mine, other, bytes[i] / (int)sizeof *mine, rank);
+  }
+  if (rank > 0) return;
+  double large = bytes[SIZES - 1] - bytes[SIZES - 2];
+  printf("{\"latency_seconds\": %.3g, \"bytes_a_second\": %.4g, \"exchanges\": [", trip / 2,
+         large / (seconds[SIZES - 1] - seconds[SIZES - 2]));
+  for (int i = 0; i < SIZES; i++) printf("%s[%d, %.4g]", i ? ", " : "", bytes[i], seconds[i]);
+  printf("]}\n");
+}
+
+int main(int argc, char **argv) {
+  int rank, size;
+  MPI_Init(&argc, &argv);
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  size_t largest = (size_t)FIRST_BYTES << 2 * (SIZES - 1);
+  float *mine = calloc(1, largest), *other = calloc(1, largest);
+  if (size < 2 || !mine || !other) {
+    fprintf(stderr, "network: needs two ranks, and 2 x %zu bytes\n", largest);
+    MPI_Abort(MPI_COMM_WORLD, 2);
+  }
+  if (rank < 2) measure(rank, mine, other);
+  MPI_Barrier(MPI_COMM_WORLD);
+  free(mine);
+  free(other);
+  MPI_Finalize();
+  return 0;
+}
