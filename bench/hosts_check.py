@@ -116,7 +116,7 @@ def simulated(workload, network, rates, ranks, slowed):
     slow = {name: value * slowed if "seconds" in name else value for name, value in workload.items()}
     cluster = {**network, **rates, "ranks_a_node": 1, "node_latency_seconds": network["latency_seconds"],
                "node_bytes_a_second": network["bytes_a_second"]}  # fmt: skip
-    options = argparse.Namespace(seed=0, jitter=0.0, slow_rank=0.0, collective="doubling", simulated_blocks=workload["blocks"])
+    options = argparse.Namespace(seed=0, jitter=0.0, slow_rank=0.0, collective="program", simulated_blocks=workload["blocks"])
     return cluster, simulate.simulate(slow, cluster, [ranks], options)[0]
 
 

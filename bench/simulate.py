@@ -93,13 +93,13 @@ def distances(size):
 
 
 def doubling(times, count, cluster):
-    """world_allreduce: recursive doubling, nearest ranks first, the whole message in each round."""
+    """Recursive doubling, nearest ranks first, the whole message in each round."""
     return rounds_of(times, count, [(distance, count) for distance in distances(len(times))], cluster)
 
 
 def halving(times, count, cluster):
-    """The same tree of sums, bit for bit, in shares: in each round partners exchange the halves of what they have and each sums one; then the shares
-    go back the same way."""
+    """The same tree of sums in shares: in each round partners exchange the halves of what they have and each sums one; then the shares go back the
+    same way."""
     there = [(distance, count / distance / 2) for distance in distances(len(times))]
     return rounds_of(times, count, there + there[::-1], cluster)
 
@@ -131,7 +131,12 @@ def tree(times, count, cluster):
     return together(times, 2 * (near * cluster.message(count, True) + (rounds - near) * cluster.message(count, False)))
 
 
-COLLECTIVES = {"doubling": doubling, "halving": halving, "ring": ring, "tree": tree}
+def program(times, count, cluster):
+    """world_allreduce: the same bits either way (mpi/tree.c)."""
+    return (doubling if count < 4 * 4096 else halving)(times, count, cluster)
+
+
+COLLECTIVES = {"program": program, "doubling": doubling, "halving": halving, "ring": ring, "tree": tree}
 
 
 class Stream:
@@ -363,7 +368,7 @@ def parse():
     parser.add_argument("--bytes-a-second", type=float)
     parser.add_argument("--jitter", type=float, default=0.0, help="coefficient of variation of a rank's seconds of work (log-normal)")
     parser.add_argument("--slow-rank", type=float, default=0.0, metavar="FACTOR", help="the last rank takes that many times as long")
-    parser.add_argument("--collective", choices=COLLECTIVES, default="doubling", help="doubling is what omniquant does")
+    parser.add_argument("--collective", choices=COLLECTIVES, default="program", help="program: halving, and for short messages doubling, as omniquant does")
     parser.add_argument("--simulated-blocks", type=int, default=3, help="the others are taken to be alike (default 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")

@@ -1,4 +1,4 @@
-/* device.c: the tree of sums, and what carries it: NCCL, or copies through the host. */
+/* device.c: what carries sums of device memory over the ranks: NCCL, or copies through the host. */
 #include "device.h"
 
 #include <stdlib.h>
@@ -6,6 +6,7 @@
 
 #ifdef OMNIQUANT_NCCL
 #include "nccl_link.h"
+#include "tree.h"
 #endif
 
 struct device {
@@ -38,25 +39,6 @@ void device_close(struct world *world) {
 
 bool device_owns(const struct device *device, const void *memory) {
   return device && device->k->owns(device->k, memory);
-}
-
-/* Recursive doubling: after the round of distance d each rank holds the sum of its aligned run of 2d ranks. Ranks beyond a power of two give
- * theirs away first. */
-void device_tree_sum(const struct device_link *link, int rank, int size, float *values, size_t count, float *scratch) {
-  int power = 1;
-  while (power * 2 <= size) power *= 2;
-  int extra = size - power;
-  if (rank >= power) link->exchange(link->context, values, NULL, count, rank - power);
-  if (rank < extra) {
-    link->exchange(link->context, NULL, scratch, count, rank + power);
-    link->add(link->context, values, scratch, count);
-  }
-  for (int distance = 1; rank < power && distance < power; distance *= 2) {
-    link->exchange(link->context, values, scratch, count, rank ^ distance);
-    link->add(link->context, values, scratch, count);
-  }
-  if (rank < extra) link->exchange(link->context, values, NULL, count, rank + power);
-  if (rank >= power) link->exchange(link->context, NULL, values, count, rank - power);
 }
 
 /* ---- through the host ---- */
@@ -98,8 +80,8 @@ static void largest_through_host(struct world *world, float *values, size_t coun
 /* ---- sums ---- */
 
 #ifdef OMNIQUANT_NCCL
-static void exchange(void *context, const float *mine, float *theirs, size_t count, int partner) {
-  nccl_exchange(((struct device *)context)->nccl, mine, theirs, count, partner);
+static void exchange(void *context, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
+  nccl_exchange(((struct device *)context)->nccl, mine, mine_count, theirs, theirs_count, partner);
 }
 
 static void add(void *context, float *values, const float *other, size_t count) {
@@ -108,9 +90,9 @@ static void add(void *context, float *values, const float *other, size_t count) 
 }
 
 void device_allreduce(struct world *world, float *values, size_t count, float *scratch) {
-  struct device_link link = {world->device, exchange, add};
+  struct tree_link link = {world->device, exchange, add};
   if (world->device->nccl)
-    device_tree_sum(&link, world->rank, world->size, values, count, scratch);
+    tree_sum(&link, world->rank, world->size, values, count, scratch);
   else
     allreduce_through_host(world, values, count);
 }

@@ -16,13 +16,4 @@ bool device_owns(const struct device *device, const void *memory);
 void device_allreduce(struct world *world, float *values, size_t count, float *scratch);
 void device_largest(struct world *world, float *values, size_t count);
 
-/* The tree of world_allreduce over any means of exchange: it gives the same bits. */
-struct device_link {
-  void *context;
-  /* Sends `mine` to the partner and receives `theirs`; NULL for one of them: one way only. */
-  void (*exchange)(void *context, const float *mine, float *theirs, size_t count, int partner);
-  void (*add)(void *context, float *values, const float *other, size_t count);
-};
-void device_tree_sum(const struct device_link *link, int rank, int size, float *values, size_t count, float *scratch);
-
 #endif

@@ -85,10 +85,10 @@ void nccl_close(struct nccl *nccl) {
   free(nccl);
 }
 
-void nccl_exchange(struct nccl *nccl, const float *mine, float *theirs, size_t count, int partner) {
+void nccl_exchange(struct nccl *nccl, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
   require(nccl, ncclGroupStart(), "group");
-  if (mine) require(nccl, ncclSend(mine, count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
-  if (theirs) require(nccl, ncclRecv(theirs, count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
+  if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
+  if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
   require(nccl, ncclGroupEnd(), "exchange");
 }
 

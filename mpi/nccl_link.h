@@ -11,8 +11,8 @@ struct nccl;
 int nccl_open(struct world *world, struct kernels *k, struct nccl **nccl, struct error *error);
 void nccl_close(struct nccl *nccl); /* NULL is allowed */
 
-/* As device_link has it. */
-void nccl_exchange(struct nccl *nccl, const float *mine, float *theirs, size_t count, int partner);
+/* As tree_link has it. */
+void nccl_exchange(struct nccl *nccl, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner);
 void nccl_largest(struct nccl *nccl, float *values, size_t count);
 
 #endif

@@ -10,6 +10,7 @@
 
 #include "clock.h"
 #include "device.h"
+#include "tree.h"
 #include "watch.h"
 
 enum { TAG_BYTES = 1, TAG_REDUCE = 2 };
@@ -121,35 +122,24 @@ void world_abort(struct world *world, const struct error *error) {
   _exit(error->code);
 }
 
-static void add_to(float *values, const float *other, size_t count) {
+static void exchange(void *context, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
+  struct world *world = context;
+  int given = (int)mine_count, taken = (int)theirs_count;
+  MPI_Comm communicator = world->communicator;
+  if (!taken)
+    require(world, MPI_Send(mine, given, MPI_FLOAT, partner, TAG_REDUCE, communicator), "send");
+  else if (!given)
+    require(world, MPI_Recv(theirs, taken, MPI_FLOAT, partner, TAG_REDUCE, communicator, MPI_STATUS_IGNORE), "receive");
+  else
+    require(world,
+            MPI_Sendrecv(mine, given, MPI_FLOAT, partner, TAG_REDUCE, theirs, taken, MPI_FLOAT, partner, TAG_REDUCE, communicator,
+                         MPI_STATUS_IGNORE),
+            "exchange");
+}
+
+static void add_to(void *context, float *values, const float *other, size_t count) {
+  (void)context;
   for (size_t i = 0; i < count; i++) values[i] += other[i];
-}
-
-static void exchange_and_add(struct world *world, float *values, size_t count, float *scratch, int partner) {
-  int floats = (int)count;
-  require(world,
-          MPI_Sendrecv(values, floats, MPI_FLOAT, partner, TAG_REDUCE, scratch, floats, MPI_FLOAT, partner, TAG_REDUCE, world->communicator,
-                       MPI_STATUS_IGNORE),
-          "exchange");
-  add_to(values, scratch, count);
-}
-
-/* Recursive doubling: after the round of distance d each rank holds the sum of its aligned run of 2d ranks. Both partners add the same two
- * numbers, and floating-point addition is commutative, so all hold the same bits. Ranks beyond a power of two give theirs away first. */
-static void allreduce_piece(struct world *world, float *values, size_t count, float *scratch) {
-  int rank = world->rank, power = 1, floats = (int)count;
-  while (power * 2 <= world->size) power *= 2;
-  int extra = world->size - power;
-  if (rank >= power) require(world, MPI_Send(values, floats, MPI_FLOAT, rank - power, TAG_REDUCE, world->communicator), "send");
-  if (rank < extra) {
-    require(world, MPI_Recv(scratch, floats, MPI_FLOAT, rank + power, TAG_REDUCE, world->communicator, MPI_STATUS_IGNORE), "receive");
-    add_to(values, scratch, count);
-  }
-  if (rank < power)
-    for (int distance = 1; distance < power; distance *= 2) exchange_and_add(world, values, count, scratch, rank ^ distance);
-  if (rank < extra) require(world, MPI_Send(values, floats, MPI_FLOAT, rank + power, TAG_REDUCE, world->communicator), "send");
-  if (rank >= power)
-    require(world, MPI_Recv(values, floats, MPI_FLOAT, rank - power, TAG_REDUCE, world->communicator, MPI_STATUS_IGNORE), "receive");
 }
 
 void world_allreduce(struct world *world, float *values, size_t count, float *scratch) {
@@ -159,8 +149,9 @@ void world_allreduce(struct world *world, float *values, size_t count, float *sc
     return;
   }
   double since = now();
+  const struct tree_link link = {world, exchange, add_to};
   for (size_t done = 0; done < count; done += PIECE)
-    allreduce_piece(world, values + done, count - done < PIECE ? count - done : PIECE, scratch);
+    tree_sum(&link, world->rank, world->size, values + done, count - done < PIECE ? count - done : PIECE, scratch);
   count_wait(world, since);
 }
 

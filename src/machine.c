@@ -217,8 +217,9 @@ double machine_allreduce_seconds(const struct machine *machine, int ranks, doubl
   double seconds = 0;
   for (int distance = 1; distance < ranks; distance *= 2) {
     bool inside = distance < machine->ranks_a_node;
-    seconds +=
-        inside ? machine->node_latency + bytes / machine->node_bandwidth : machine->network_latency + bytes / machine->network_bandwidth;
+    double latency = inside ? machine->node_latency : machine->network_latency;
+    bytes /= 2;
+    seconds += 2 * (latency + bytes / (inside ? machine->node_bandwidth : machine->network_bandwidth));
     seconds += 3 * bytes / machine->memory_bandwidth; /* the sum of two arrays */
   }
   return seconds;

@@ -47,7 +47,7 @@ void machine_cpu(struct machine *machine);
 /* Seconds that an operation takes. */
 double machine_seconds(const struct machine *machine, enum trace_operation operation, const struct trace_row *work);
 
-/* Seconds of the ordered sum of world_allreduce: recursive doubling, each round the whole array to the partner. */
+/* Seconds of the ordered sum of world_allreduce: in each round half of what the round before had goes to the partner, and comes back summed. */
 double machine_allreduce_seconds(const struct machine *machine, int ranks, double bytes);
 
 /* Seconds of a broadcast in many pieces, each rank passing on what it gets. */

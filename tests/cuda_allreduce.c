@@ -1,5 +1,5 @@
-/* cuda_allreduce.c: on several ranks (ranks.bash): sums and extremes of device memory over the ranks are those of host memory, bit for bit; so is
- * the tree of device.h where MPI carries its exchanges. In the whole world and in teams. */
+/* cuda_allreduce.c: on several ranks (ranks.bash): sums and extremes of device memory over the ranks are those of host memory, bit for
+ * bit, in the whole world and in teams. */
 #include "cuda_pair.h"
 #include "device.h"
 
@@ -63,38 +63,8 @@ static void sums_of_device_memory(void **context) {
   k->close(k);
 }
 
-static void exchange_by_mpi(void *context, const float *mine, float *theirs, size_t count, int partner) {
-  struct world *of = context;
-  int status = MPI_SUCCESS;
-  if (mine && theirs)
-    status = MPI_Sendrecv(mine, (int)count, MPI_FLOAT, partner, 9, theirs, (int)count, MPI_FLOAT, partner, 9, of->communicator,
-                          MPI_STATUS_IGNORE);
-  else if (mine)
-    status = MPI_Send(mine, (int)count, MPI_FLOAT, partner, 9, of->communicator);
-  else
-    status = MPI_Recv(theirs, (int)count, MPI_FLOAT, partner, 9, of->communicator, MPI_STATUS_IGNORE);
-  assert_int_equal(status, MPI_SUCCESS);
-}
-
-static void add_on_host(void *context, float *values, const float *other, size_t count) {
-  (void)context;
-  for (size_t i = 0; i < count; i++) values[i] += other[i];
-}
-
-static void the_tree_is_that_of_host_memory(void **context) {
-  (void)context;
-  enum { N = 1000 };
-  struct memory m = {0};
-  struct device_link link = {&world, exchange_by_mpi, add_on_host};
-  float *values = values_of_rank(&m, N), *sum = copied(&m, values, N), *scratch = host_floats(&m, N);
-  world_allreduce(&world, sum, N, scratch);
-  device_tree_sum(&link, world.rank, world.size, values, N, scratch);
-  assert_memory_equal(values, sum, N * sizeof *sum);
-  memory_free(&m);
-}
-
 int main(int argc, char **argv) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(the_tree_is_that_of_host_memory), cmocka_unit_test(sums_of_device_memory)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(sums_of_device_memory)};
   struct error error = {0};
   if (world_init(&world, &argc, &argv, &error)) return 1;
   struct kernels *k = CUDA_OPEN(world.local_rank, &error);

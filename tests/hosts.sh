@@ -53,9 +53,9 @@ for ranks in 2 4; do
   before=$(sent 2)
   check "$ranks hosts finish" finishes $ranks "$ranks"
   check "$ranks hosts: the codes of one" "$helper" compare "$work/one" "$work/$ranks"
-  # Two factors a group, of 4 bytes, summed in each step in one exchange for each doubling of the ranks: they went over the network.
+  # Two factors a group, of 4 bytes, summed in each step: of them each rank sends 2 (1 - 1 / ranks).
   weights=$((4 * hidden * hidden + 3 * hidden * ffn))
-  exchanged=$((blocks * epochs * samples * (ranks / 2) * 8 * weights / group / batch))
+  exchanged=$((blocks * epochs * samples / batch * 8 * weights / group * 2 * (ranks - 1) / ranks))
   check "$ranks hosts: gradients went over the network" exceeds $(($(sent 2) - before)) $exchanged
 done
 

@@ -211,8 +211,8 @@ static void test_times_by_hand(void **state) {
                             .product_flops = 100,
                             .attention_flops = 50,
                             .call_seconds = 0.5};
-  /* Distances 1, 2, 4 inside the node, 8 between: 3 (1 + 100 / 10) + (2 + 100 / 5), and four sums of 3 * 100 / 30. */
-  assert_true(machine_allreduce_seconds(&machine, 16, 100) == 3 * 11 + 22 + 4 * 10);
+  /* 160 bytes: 80, 40, 20 to distances 1, 2, 4 inside the node and 10 to 8 between, and back; four sums of a tenth of three times these. */
+  assert_true(fabs(machine_allreduce_seconds(&machine, 16, 160) - (2 * (9 + 5 + 3 + 4) + 15)) < 1e-9);
   assert_true(machine_allreduce_seconds(&machine, 1, 100) == 0);
   struct trace_row product = {.calls = 2, .flops = 1000, .bytes = 60}, copy = {.calls = 2, .bytes = 15};
   assert_true(machine_seconds(&machine, TRACE_linear_forward, &product) == 10);
