@@ -45,6 +45,9 @@ static int open_store(struct exporter *e, struct error *error) {
     return error_set(error, ERROR_INPUT,
                      "%s: it holds a model of type %s with %d blocks, %s is %s with %d; give the model it was made from", folder,
                      printable(info->model_type).text, info->blocks, e->options->model, e->model.model_type, e->model.blocks);
+  if (info->first_block > 0)
+    return error_set(error, ERROR_INPUT, "%s: blocks before %d stayed full precision (--blocks); export takes models quantized as a whole",
+                     folder, info->first_block);
   for (int i = 0; i < info->blocks; i++)
     if (!store_has_block(e->store, i))
       return error_set(error, ERROR_INPUT, "%s: block %d is not there; its calibration did not end", folder, i);
@@ -113,24 +116,24 @@ static int not_the_model(const struct exporter *e, const struct block_record *re
 /* A block of the store, from which linears are read as they come. */
 struct stored_block {
   struct block_record record; /* without what its linears point to */
-  struct block_file *file;
+  struct block_file *file;    /* NULL: it is only looked at */
 };
 
-/* Reads a layer's codes; `linear` says what they have to be of, and owns them then. */
-static int read_linear(const struct exporter *e, const struct stored_block *stored, struct quantized_linear *linear, struct error *error) {
-  for (int i = 0; i < stored->record.linears; i++) {
-    const struct quantized_linear *found = &stored->record.linear[i];
+/* A layer as it is stored; `linear` says what it has to be. */
+static int find_linear(const struct exporter *e, const struct block_record *record, struct quantized_linear *linear, struct error *error) {
+  for (int i = 0; i < record->linears; i++) {
+    const struct quantized_linear *found = &record->linear[i];
     if (strcmp(found->name, linear->name) != 0) continue;
     /* A group that is longer than the row is the row. */
     bool same_groups =
         found->group_size == linear->group_size || (found->group_size >= linear->in_features && linear->group_size >= linear->in_features);
     if (found->out_features != linear->out_features || found->in_features != linear->in_features || found->bits != linear->bits ||
         found->symmetric != linear->symmetric || !same_groups)
-      return not_the_model(e, &stored->record, linear->name, "another shape, or quantized otherwise, than it should be", error);
+      return not_the_model(e, record, linear->name, "another shape, or quantized otherwise, than it should be", error);
     *linear = *found;
-    return block_file_read_linear(stored->file, linear, error);
+    return 0;
   }
-  return not_the_model(e, &stored->record, linear->name, "missing", error);
+  return not_the_model(e, record, linear->name, "missing", error);
 }
 
 static int find_folded(const struct exporter *e, const struct block_record *record, struct export_tensor *tensor, struct error *error) {
@@ -168,7 +171,7 @@ static int visit_tensor(const struct exporter *e, int block, int index, const st
   if (model_quantizes(&e->model, index)) {
     linear = planned_linear(e, index);
     tensor.linear = &linear;
-    if (stored) read_linear(e, stored, &linear, error);
+    if (stored && !find_linear(e, &stored->record, &linear, error) && stored->file) block_file_read_linear(stored->file, &linear, error);
   } else {
     tensor.folded = e->recipe.let;
     if (stored) find_folded(e, &stored->record, &tensor, error);
@@ -178,12 +181,19 @@ static int visit_tensor(const struct exporter *e, int block, int index, const st
   return error->code;
 }
 
-static int visit_block(const struct exporter *e, int block, bool write, visitor *visit, void *state, struct error *error) {
+/* What is visited: the model's tensors alone; with the store's beside them; with their codes. */
+enum depth { MODEL, STORE, CODES };
+
+static int visit_block(const struct exporter *e, int block, enum depth depth, visitor *visit, void *state, struct error *error) {
   struct stored_block stored = {0};
-  if (write) checkpoint_test_delay(e->checkpoint);
-  if (write && store_open_block(e->store, block, &stored.file, &stored.record, error)) return error->code;
+  if (depth == CODES) checkpoint_test_delay(e->checkpoint);
+  if (depth != MODEL && store_open_block(e->store, block, &stored.file, &stored.record, error)) return error->code;
+  if (depth == STORE) {
+    block_file_close(stored.file);
+    stored.file = NULL;
+  }
   for (int i = 0; i < e->model.tensors && !error->code; i++)
-    if (first_part(&e->model, i)) visit_tensor(e, block, i, write ? &stored : NULL, visit, state, error);
+    if (first_part(&e->model, i)) visit_tensor(e, block, i, depth == MODEL ? NULL : &stored, visit, state, error);
   block_record_free(&stored.record);
   block_file_close(stored.file);
   return error->code;
@@ -201,10 +211,14 @@ static int visit_outside(const struct exporter *e, visitor *visit, void *state, 
   return error->code;
 }
 
-/* All tensors: without `write` only what they are, else with their codes. */
-static int walk(const struct exporter *e, bool write, visitor *visit, void *state, struct error *error) {
-  for (int block = 0; block < e->model.blocks && !error->code; block++) visit_block(e, block, write, visit, state, error);
+static int walk(const struct exporter *e, enum depth depth, visitor *visit, void *state, struct error *error) {
+  for (int block = 0; block < e->model.blocks && !error->code; block++) visit_block(e, block, depth, visit, state, error);
   return error->code ? error->code : visit_outside(e, visit, state, error);
+}
+
+static int pass_by(void *state, const struct export_tensor *tensor, struct error *error) {
+  (void)state, (void)tensor;
+  return error->code;
 }
 
 /* ---- what fits ---- */
@@ -213,7 +227,7 @@ static int walk(const struct exporter *e, bool write, visitor *visit, void *stat
 static int announce(const struct exporter *e, const struct export_format *format, void **state, struct error *error) {
   *state = NULL;
   if (format->open(&e->job, state, error)) return error->code;
-  return walk(e, false, format->announce, *state, error);
+  return walk(e, MODEL, format->announce, *state, error);
 }
 
 /* Names the formats that do hold it. */
@@ -237,7 +251,7 @@ static int write_all(const struct exporter *e, void *state, struct error *error)
   struct export_folder folder;
   if (export_folder_open(&folder, e->options->output, error) == 0 &&
       export_folder_write(&folder, "README.md", e->card, strlen(e->card), error) == 0 && e->format->begin(state, &folder, error) == 0 &&
-      walk(e, true, e->format->write, state, error) == 0 && e->format->finish(state, error) == 0)
+      walk(e, CODES, e->format->write, state, error) == 0 && e->format->finish(state, error) == 0)
     export_folder_commit(&folder, error);
   export_folder_close(&folder);
   return error->code;
@@ -249,6 +263,7 @@ static int export_all(struct exporter *e, struct error *error) {
   void *state;
   if (find_format(e, error) || export_folder_check(e->options->output, error)) return error->code;
   if (checkpoint_open(model, &e->model, &e->checkpoint, error) || open_store(e, error) || make_job(e, error)) return error->code;
+  if (walk(e, STORE, pass_by, NULL, error)) return error->code; /* that it fits the model is known before anything is written */
   if (announce(e, e->format, &state, &reason))
     refuse(e, &reason, error);
   else

@@ -244,6 +244,6 @@ without_memory() {
 if ! sanitized; then
   check "calibrate: a rank without memory" without_memory calibrate --output "$out" --wbits 4 --samples 2400 --batch 2
   check "calibrate: nothing is left" test ! -e "$out"
-  check "eval: a rank without memory" without_memory eval --windows 2400
+  check "eval: a rank without memory" without_memory eval --windows 3600
 fi
 finish

@@ -44,6 +44,14 @@ refused() {
   [ "$before" = "$(ls -A)" ] || { echo "left something" && ls -A && return 1; }
 }
 
+# fails_with PART COMMAND...
+fails_with() {
+  local message
+  message=$("${@:2}" 2>&1) && return 1
+  echo "$message"
+  case $message in *"$1"*) ;; *) return 1 ;; esac
+}
+
 reads=() # MODEL STORE EXPORT of all that is read in the end
 # holds MODEL STORE FORMAT FLAG...: exports, to be read in the end.
 holds() {
@@ -128,6 +136,59 @@ cp -R w4-asymmetric half && rm half/blocks/0001.h5
 check "a store that is not whole" refused "block 1 is not there" -- llama_mha half hf
 rm models/odd/tokenizer.json
 check "no tokenizer" refused "tokenizer.json" "No such file" -- odd w4-asymmetric gguf
+# altered NEW MODEL CONFIG PATTERN NAME VALUE: a copy of a model whose config.json has these keys too, and for each tensor whose name the pattern
+# matches one of that name: as many zeros as it has rows, or in its own place of its shape, the first of them the value.
+altered() {
+  cp -R "models/$2" "models/$1" && "$python" - "models/$1" "${@:3}" <<'END'
+import json, math, pathlib, re, struct, sys
+folder, (config, pattern, name, value) = pathlib.Path(sys.argv[1]), sys.argv[2:]
+keys = json.loads((folder / "config.json").read_text()) | json.loads(config)
+(folder / "config.json").write_text(json.dumps(keys))
+raw = (folder / "model.safetensors").read_bytes()
+length = struct.unpack("<Q", raw[:8])[0]
+header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+for old, tensor in list(header.items()):
+    if pattern and old != "__metadata__" and re.search(pattern, old):
+        new = re.sub(pattern, name, old)
+        shape = tensor["shape"] if new == old else tensor["shape"][:1]
+        values = struct.pack("<f", float(value)) + bytes(4 * (math.prod(shape) - 1))
+        header[new] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(values)]}
+        data += values
+kept, at = b"", 0
+for old, tensor in header.items():
+    if old != "__metadata__":
+        first, end = tensor["data_offsets"]
+        tensor["data_offsets"], at = [at, at + end - first], at + end - first
+        kept += data[first:end]
+text = json.dumps(header).encode()
+(folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + kept)
+END
+}
+"$helper" model models/narrow 2 96 4 1 128 380 F32 || exit 1
+check "narrow layers, 3 bits" calibrate narrow3 narrow --wbits 3 --epochs 0
+check "narrow layers: GPTQ packs more" refused "k_proj.weight" "packs 32 codes of 3 bits together" "[24, 96]" ": compressed-tensors" -- narrow narrow3 gptq
+check "narrow layers, groups of 64" calibrate narrow4 narrow --wbits 4 --group-size 64 --epochs 0
+check "narrow layers: GPTQ's groups" refused "groups have to divide the layer's 96 columns, 64 do not" ": hf" -- narrow narrow4 gptq
+check "another model of that type" refused "block 0: self_attn.q_proj: another shape" -- narrow w4-asymmetric hf
+check "12 bits of activations are calibrated" calibrate w8a12 llama_mha --wbits 8 --symmetric --abits 12 --epochs 0
+check "12 bits of activations" refused "activations of up to 8 bits, not of 12" ": hf" -- llama_mha w8a12 compressed-tensors
+check "a scale a tensor is calibrated" calibrate w8a8-tensor llama_mha --wbits 8 --symmetric --abits 8 --act-granularity tensor --epochs 0
+check "a scale a tensor" refused "act_granularity is another" ": hf" -- llama_mha w8a8-tensor compressed-tensors
+check "W4A8 in groups is calibrated" calibrate w4a8-groups llama_mha --wbits 4 --symmetric --abits 8 --group-size 32 --epochs 0
+check "W4A8 in groups" refused "symmetric, a scale a row" ": hf" -- llama_mha w4a8-groups compressed-tensors
+check "one block is calibrated" calibrate second llama_mha --wbits 4 --blocks 1:2 --epochs 0
+check "blocks in full precision" refused "second: blocks before 1 stayed full precision (--blocks)" -- llama_mha second hf
+altered relu falcon_7b '{"activation": "relu"}' '' '' 0
+check "Falcon with ReLU: llama.cpp has GELU" refused "falcon has GELU" "compressed-tensors" -- relu falcon_7b gguf
+altered serial falcon_7b '{"parallel_attn": false}' 'input_layernorm[.](.*)' 'post_attention_layernorm.\1' 1
+check "Falcon in series: llama.cpp has it side by side" refused "side by side" "compressed-tensors" -- serial falcon_7b gguf
+altered biased qwen3 '{"attention_bias": true}' '(self_attn.*_proj)[.]weight' '\1.bias' 1
+check "Qwen3 with biases: llama.cpp has none" refused "qwen3 has no biases" "compressed-tensors" -- biased qwen3 gguf
+altered large llama_mha '{}' '(up_proj.weight)' '\1' -1e5
+check "a large weight is calibrated" calibrate large large --wbits 4 --epochs 0
+check "a large weight: not in float16" refused "up_proj" "a weight of -1" "--dtype bfloat16" -- large large hf --dtype float16
+check "a large weight: not in Q4_1" refused "up_proj" "minimum is too large for F16" "another format" -- large large gguf
+check "an empty name" fails_with "--output: is empty" export_to '' llama_mha w4-asymmetric hf
 mkdir shut && chmod 555 shut
 unwritable() { ! export_to shut/in llama_mha w4-asymmetric hf 2>said && grep -q "shut/in: cannot be made" said; }
 [ "$(id -u)" = 0 ] || check "a folder that cannot be written" unwritable

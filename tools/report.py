@@ -222,8 +222,8 @@ def time_section(blocks):
         return '<p class="note">This store does not say where the time went.</p>'
     timed = [b for b in blocks if b["times"] and b["times"]["phases"] == last["phases"] and b["times"]["seconds"].shape == last["seconds"].shape]
     phases, ranks = last["phases"], sum(b["times"]["seconds"] for b in timed)
-    rows = [(phase, PHASES.get(phase, ""), f"{column.mean():.1f}", f"{100 * column.mean() / max(ranks.sum(1).mean(), 1e-30):.1f} %",
-             f"{column.min():.1f} (rank {column.argmin()})", f"{column.max():.1f} (rank {column.argmax()})")
+    rows = [(phase, PHASES.get(phase, ""), number(column.mean()), f"{100 * column.mean() / max(ranks.sum(1).mean(), 1e-30):.1f} %",
+             f"{number(column.min())} (rank {column.argmin()})", f"{number(column.max())} (rank {column.argmax()})")
             for phase, column in zip(phases, ranks.T)]  # fmt: skip
     key = "".join(f'<span><b style="background:{color}"></b>{html.escape(phase)}</span>' for phase, color in zip(phases, PHASE_COLORS * len(phases)))
     step = max(1, len(ranks) // 16)

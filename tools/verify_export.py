@@ -173,34 +173,48 @@ def open_compressed_tensors(export, config, scheme):
 
 
 def open_gptq(export, config, scheme):
-    """GPTQModel unpacks the weights into fp16; the model is computed with them in fp32."""
+    """GPTQModel loads nothing in fp32, but computes in it once its scales are; what is not quantized is taken as it was exported."""
     from gptqmodel import BACKEND, GPTQModel
 
-    loaded = GPTQModel.load(str(export), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
-    weights = {}
-    for name, module in loaded.model.named_modules():
+    model = GPTQModel.load(str(export), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model.float().eval()
+    exported, weights = read_checkpoint(export), {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in exported and tensor.is_floating_point():
+            tensor.data.copy_(exported[name])
+    for name, module in model.named_modules():
         if hasattr(module, "dequantize_weight"):
-            weights[name + ".weight"] = module.dequantize_weight().T.float().contiguous()
-    rest = {name: value for name, value in read_checkpoint(export).items()
-            if not name.endswith((".qweight", ".qzeros", ".scales", ".g_idx"))}  # fmt: skip
-    model = load_plain(config, {**rest, **weights})
-    return f"GPTQModel {version('gptqmodel')}", lambda ids: model(input_ids=ids).logits[0], weights
+            weights[name + ".weight"] = module.dequantize_weight().T.contiguous()
+    return f"GPTQModel {version('gptqmodel')}, fp32", lambda ids: model(input_ids=ids).logits[0], weights
+
+
+def products(llama, model, length):
+    """llama.cpp built with a BLAS gives it matrices of 32 rows or more, but for experts, dequantized to fp32; else it rounds activations to 8 bits."""
+    blas = any((Path(llama.__path__[0]) / "lib").glob("libggml-blas*"))
+    experts = any(key.endswith(".expert_count") for key in model.metadata)
+    return "products in fp32 (BLAS)" if blas and length >= 32 and not experts else "products in 8 bits"
 
 
 def open_gguf(export, config, scheme):
-    """Weights under llama.cpp's names are compared by tests/export_reads.py, which knows its order of rows."""
-    from llama_cpp import Llama
+    """Weights under llama.cpp's names are compared by tests/export_reads.py, which knows its order of rows. They stay as the file has them (repacked
+    ones a BLAS does not get), and the cache is fp32: what is left of rounding is the products'."""
+    import llama_cpp
 
+    def parameters(defaults=llama_cpp.llama_cpp.llama_model_default_params):
+        values = defaults()
+        values.use_extra_bufts = False
+        return values
+
+    llama_cpp.llama_cpp.llama_model_default_params = parameters
     length = scheme["seqlen"]
-    model = Llama(str(export / "model.gguf"), n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, verbose=False,
-                  n_threads=torch.get_num_threads())  # fmt: skip
+    model = llama_cpp.Llama(str(export / "model.gguf"), n_ctx=length, n_batch=length, n_ubatch=length, logits_all=True, verbose=False,
+                            n_threads=torch.get_num_threads(), type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32)  # fmt: skip
 
     def logits(ids):
         model.reset()
         model.eval(ids[0].tolist())
         return torch.from_numpy(np.array(model.scores[: ids.shape[1]]))
 
-    return f"llama-cpp-python {version('llama-cpp-python')}", logits, {}
+    return f"llama-cpp-python {version('llama-cpp-python')}, {products(llama_cpp, model, length)}", logits, {}
 
 
 def open_engine(export, seqlen):
