@@ -24,6 +24,7 @@ struct export_scheme {
 };
 
 enum export_gptq { EXPORT_GPTQ_AUTO, EXPORT_GPTQ_V1, EXPORT_GPTQ_V2 };
+enum export_embedding { EXPORT_EMBEDDING_F16, EXPORT_EMBEDDING_Q8_0 };
 enum export_dtype { EXPORT_DTYPE_AUTO, EXPORT_FLOAT16, EXPORT_BFLOAT16, EXPORT_FLOAT32 };
 
 /* What is asked for. All is the caller's and outlives the export. */
@@ -37,6 +38,7 @@ struct export_job {
   enum export_gptq gptq;    /* checkpoint_format of gptq */
   enum export_dtype dtype;  /* of dequantized weights; AUTO: the checkpoint's, F16 where that is F32 */
   bool f16_fallback;        /* gguf: F16 for layers that no type of it holds */
+  enum export_embedding embedding; /* gguf: type of the embedding and the head, which calibration leaves as they are */
   const char *pretokenizer; /* gguf: tokenizer.ggml.pre; NULL: as tokenizer.json says */
   const char *card;         /* text of README.md */
 };

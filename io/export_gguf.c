@@ -146,6 +146,12 @@ static void outside_name(const struct gguf *g, const struct export_tensor *tenso
 
 /* ---- types and places ---- */
 
+/* Of the embedding and the head, where they were asked to be rounded and their columns allow it. */
+static bool rounds(const struct gguf *g, const struct export_tensor *tensor) {
+  return g->job->embedding == EXPORT_EMBEDDING_Q8_0 && tensor->block == ABSENT && tensor->dimensions == 2 &&
+         tensor->shape[1] % GGUF_BLOCK == 0;
+}
+
 static struct place place_of(const struct gguf *g, const struct export_tensor *tensor) {
   const struct model *model = g->job->model;
   struct place place = {.dimensions = tensor->dimensions, .type = tensor->dimensions == 2 ? GGUF_F16 : GGUF_F32};
@@ -157,6 +163,7 @@ static struct place place_of(const struct gguf *g, const struct export_tensor *t
   else
     block_name(g, tensor, place.name);
   if (linear == LINEAR_ROUTER) place.type = GGUF_F32;
+  if (rounds(g, tensor)) place.type = GGUF_Q8_0;
   if (tensor->linear && g->holder && fits_blocks(tensor->linear)) place.type = g->holder->type;
   if (linear != ABSENT && model->experts && role_of_linear(linear) >= LINEAR_GATE) {
     place.dimensions = 3;
@@ -241,8 +248,25 @@ static int put_blocks(const struct gguf *g, const struct quantized_linear *linea
   return 0;
 }
 
+/* Values rounded to the nearest of 255 steps between the ends of their block, as ggml quantizes to Q8_0. */
+static int put_rounded(const struct export_tensor *tensor, const float *values, int64_t count, uint8_t *to, struct error *error) {
+  for (int64_t first = 0; first < count; first += GGUF_BLOCK) {
+    float largest = 0;
+    for (int i = 0; i < GGUF_BLOCK; i++) largest = fmaxf(largest, fabsf(values[first + i]));
+    float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
+    uint16_t half = half_from_float(scale);
+    if ((half & 0x7c00) == 0x7c00)
+      return error_set(error, ERROR_INPUT, "%s: a value of %g is too large for Q8_0; leave --embedding at f16", tensor->name, (double)largest);
+    put_half(to, half);
+    for (int i = 0; i < GGUF_BLOCK; i++) to[2 + i] = (uint8_t)(int8_t)roundf(values[first + i] * inverse);
+    to += 2 + GGUF_BLOCK;
+  }
+  return 0;
+}
+
 static int put_values(const struct export_tensor *tensor, const float *values, enum gguf_type type, int64_t count, uint8_t *to,
                       struct error *error) {
+  if (type == GGUF_Q8_0) return put_rounded(tensor, values, count, to, error);
   for (int64_t i = 0; i < count && type == GGUF_F16; i++) {
     uint16_t half = half_from_float(values[i]);
     put_half(to + 2 * i, half);

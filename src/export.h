@@ -15,6 +15,7 @@ struct export_options {
   enum export_dtype dtype;      /* hf */
   enum export_gptq gptq;        /* gptq: checkpoint_format */
   bool f16_fallback;            /* gguf */
+  enum export_embedding embedding; /* gguf */
   const char *pretokenizer;     /* gguf; NULL: as tokenizer.json says */
   struct setting_texts results; /* JSON files of `omniquant eval --json`, for the model card */
 };

@@ -338,7 +338,7 @@ def check_gguf(source, folder):
     reader = gguf.GGUFReader(folder / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    left = set(tensors)
+    left, rounded = set(tensors), []
     check_gguf_keys(source, fields)
     check_gguf_tokenizer(source, fields)
     for name in [*(layer + ".weight" for layer in source.layers), *source.plain]:
@@ -351,12 +351,17 @@ def check_gguf(source, folder):
             check_quantized(source, name, layer, tensor, data)
             continue
         wanted = reorder(source, name, layer.weight() if layer is not None else source.value(name))
+        if target in ("token_embd.weight", "output.weight") and tensor.tensor_type.name == "Q8_0":  # --embedding q8_0
+            same(name, data, gguf.quants.quantize(wanted.astype(np.float32), tensor.tensor_type))
+            rounded.append(target)
+            continue
         expect(f"{name}: its type", tensor.tensor_type.name == ("F32" if wanted.ndim == 1 or "block_sparse_moe.gate." in name else "F16"))
         same(name, data, wanted.astype(data.dtype))
     if "rope_freqs.weight" in left:
         left.discard("rope_freqs.weight")
         check_rope_factors(source, tensors["rope_freqs.weight"].data)
     expect(f"tensors that the model has not: {sorted(left)[:4]}", not left)
+    expect("the embedding is rounded where it was asked for", bool(rounded) == (folder.name == "rounded"))
 
 
 def check_rope_factors(source, found):
