@@ -34,13 +34,14 @@ struct export_job {
   const char *model_folder; /* the checkpoint: its tokenizer files are copied or read */
   const char *name;         /* of the model, for metadata */
   struct export_scheme scheme;
-  int64_t shard_bytes;      /* largest safetensors file, but for a single tensor that is larger */
-  enum export_gptq gptq;    /* checkpoint_format of gptq */
-  enum export_dtype dtype;  /* of dequantized weights; AUTO: the checkpoint's, F16 where that is F32 */
-  bool f16_fallback;        /* gguf: F16 for layers that no type of it holds */
+  int64_t shard_bytes;             /* largest safetensors file, but for a single tensor that is larger */
+  enum export_gptq gptq;           /* checkpoint_format of gptq */
+  enum export_dtype dtype;         /* of dequantized weights; AUTO: the checkpoint's, F16 where that is F32 */
+  bool f16_fallback;               /* gguf: F16 for layers that no type of it holds */
   enum export_embedding embedding; /* gguf: type of the embedding and the head, which calibration leaves as they are */
-  const char *pretokenizer; /* gguf: tokenizer.ggml.pre; NULL: as tokenizer.json says */
-  const char *card;         /* text of README.md */
+  bool exact;                      /* gguf: only types that round nothing */
+  const char *pretokenizer;        /* gguf: tokenizer.ggml.pre; NULL: as tokenizer.json says */
+  const char *card;                /* text of README.md */
 };
 
 /* A tensor of the model: quantized, changed by what was folded into it, or as in the checkpoint. Of a fused tensor the whole. */

@@ -23,7 +23,7 @@ static const struct architecture architectures[] = {
     {"qwen2", "qwen2", false, false, 32768}, {"qwen3", "qwen3", false, false, 32768},  {"falcon", "falcon", false, true, 2048},
 };
 
-/* Which type holds codes of so many bits, and what it stores of a code. */
+/* Which type holds codes of so many bits, and what it stores of a code. Of several the first counts. */
 static const struct holder {
   int least, most; /* bits */
   enum gguf_type type;
@@ -32,9 +32,9 @@ static const struct holder {
   bool symmetric; /* codes */
   bool minimum;   /* weight d * q + m with m = -d * z, rounded to F16; else d * (q - middle), exactly */
 } holders[] = {
-    {2, 3, GGUF_Q4_0, 8, 2, false, false}, {4, 4, GGUF_Q4_1, 0, 3, false, true}, {5, 5, GGUF_Q5_1, 0, 9, false, true},
-    {6, 7, GGUF_Q8_0, 0, 7, false, false}, {2, 4, GGUF_Q4_0, 8, 2, true, false}, {5, 5, GGUF_Q5_0, 16, 8, true, false},
-    {6, 8, GGUF_Q8_0, 0, 7, true, false},
+    {2, 3, GGUF_Q4_0, 8, 2, false, false}, {4, 4, GGUF_Q4_1, 0, 3, false, true},   {5, 5, GGUF_Q5_1, 0, 9, false, true},
+    {6, 7, GGUF_Q8_0, 0, 7, false, false}, {2, 4, GGUF_Q4_0, 8, 2, true, false},   {5, 5, GGUF_Q5_0, 16, 8, true, false},
+    {6, 8, GGUF_Q8_0, 0, 7, true, false},  {4, 4, GGUF_Q5_0, 16, 8, false, false}, {5, 5, GGUF_Q8_0, 0, 7, false, false},
 };
 enum { FILE_TYPE_F16 = 1 };
 
@@ -75,8 +75,9 @@ static int check_model(struct gguf *g, struct error *error) {
 static int check_scheme(struct gguf *g, struct error *error) {
   const struct export_scheme *scheme = &g->job->scheme;
   if (scheme->abits < 16) return error_set(error, ERROR_INPUT, "it has no quantized activations, the recipe's have %d bits", scheme->abits);
-  for (size_t i = 0; i < sizeof holders / sizeof *holders; i++)
-    if (holders[i].symmetric == scheme->symmetric && scheme->bits >= holders[i].least && scheme->bits <= holders[i].most)
+  for (size_t i = 0; i < sizeof holders / sizeof *holders && !g->holder; i++)
+    if (holders[i].symmetric == scheme->symmetric && scheme->bits >= holders[i].least && scheme->bits <= holders[i].most &&
+        !(holders[i].minimum && g->job->exact))
       g->holder = &holders[i];
   if (g->holder || g->job->f16_fallback) return 0;
   return error_set(error, ERROR_INPUT,
@@ -256,7 +257,8 @@ static int put_rounded(const struct export_tensor *tensor, const float *values, 
     float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
     uint16_t half = half_from_float(scale);
     if ((half & 0x7c00) == 0x7c00)
-      return error_set(error, ERROR_INPUT, "%s: a value of %g is too large for Q8_0; leave --embedding at f16", tensor->name, (double)largest);
+      return error_set(error, ERROR_INPUT, "%s: a value of %g is too large for Q8_0; leave --embedding at f16", tensor->name,
+                       (double)largest);
     put_half(to, half);
     for (int i = 0; i < GGUF_BLOCK; i++) to[2 + i] = (uint8_t)(int8_t)roundf(values[first + i] * inverse);
     to += 2 + GGUF_BLOCK;

@@ -507,6 +507,8 @@ static const struct setting export_formats_settings[] = {
      "hf: type of the weights; auto: bfloat16 where the model is, else float16"},
     {"f16_fallback", SETTING_BOOL, AT(export.f16_fallback), 0, 1, NULL, NULL,
      "gguf: write layers as F16 that its types cannot hold, instead of refusing"},
+    {"exact", SETTING_BOOL, AT(export.exact), 0, 1, NULL, NULL,
+     "gguf: only types that round nothing: asymmetric 4 bits as Q5_0, 5 bits as Q8_0"},
     {"embedding", SETTING_ENUM, AT(export.embedding), 0, 0, "f16|q8_0", "f16",
      "gguf: type of embedding and head, which are not quantized otherwise; q8_0 rounds them to 8 bits in blocks of 32"},
     {"pre_tokenizer", SETTING_TEXT, AT(export.pretokenizer), OPTIONAL, "NAME", NULL,

@@ -81,6 +81,7 @@ static int make_job(struct exporter *e, struct error *error) {
                                .dtype = options->dtype,
                                .f16_fallback = options->f16_fallback,
                                .embedding = options->embedding,
+                               .exact = options->exact,
                                .pretokenizer = options->pretokenizer};
   e->job.card = e->card = card_make(options, &e->job, store_info(e->store), error);
   return error->code;

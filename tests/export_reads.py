@@ -361,6 +361,9 @@ def check_gguf(source, folder):
         left.discard("rope_freqs.weight")
         check_rope_factors(source, tensors["rope_freqs.weight"].data)
     expect(f"tensors that the model has not: {sorted(left)[:4]}", not left)
+    if folder.name in ("exact4", "exact5"):  # --exact
+        kinds = {tensor.tensor_type.name for tensor in reader.tensors} - {"F16", "F32"}
+        expect(f"types that round nothing: {kinds}", kinds == {"exact4": {"Q5_0"}, "exact5": {"Q8_0"}}[folder.name])
     expect("the embedding is rounded where it was asked for", bool(rounded) == (folder.name == "rounded"))
 
 

@@ -93,11 +93,14 @@ for bits in 2 3 4 5 6 7 8; do
 done
 check "version 2 of GPTQ" export_to v2 llama_mha w4-symmetric gptq --checkpoint-format gptq_v2
 check "8 bits as F16" export_to f16 llama_mha w8-asymmetric gguf --f16-fallback
+check "4 bits without rounding" export_to exact4 llama_mha w4-asymmetric gguf --exact
+check "5 bits without rounding" export_to exact5 llama_mha w5-asymmetric gguf --exact
 check "an embedding in 8 bits" export_to rounded llama_mha w4-symmetric gguf --embedding q8_0
 check "weights in bfloat16" export_to bf16 llama_mha w8-symmetric hf --dtype bfloat16
 check "weights in float32" export_to f32 llama_mha w3-asymmetric hf --dtype float32
 check "in shards" export_to shards llama_mha w8-asymmetric compressed-tensors --shard-size 1
-reads+=(models/llama_mha w4-symmetric v2 models/llama_mha w8-asymmetric f16 models/llama_mha w4-symmetric rounded models/llama_mha w8-symmetric bf16 models/llama_mha w3-asymmetric f32
+reads+=(models/llama_mha w4-symmetric v2 models/llama_mha w8-asymmetric f16 models/llama_mha w4-symmetric rounded
+  models/llama_mha w4-asymmetric exact4 models/llama_mha w5-asymmetric exact5 models/llama_mha w8-symmetric bf16 models/llama_mha w3-asymmetric f32
   models/llama_mha w8-asymmetric shards)
 many() { [ "$(find shards -name 'model-*.safetensors' -size -1100k | wc -l)" -gt 1 ]; }
 check "several files, none too large" many

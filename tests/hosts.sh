@@ -55,7 +55,7 @@ for ranks in 2 4; do
   check "$ranks hosts: the codes of one" "$helper" compare "$work/one" "$work/$ranks"
   # Two factors a group, of 4 bytes, summed in each step: of them each rank sends 2 (1 - 1 / ranks).
   weights=$((4 * hidden * hidden + 3 * hidden * ffn))
-  exchanged=$((blocks * epochs * samples / batch * 8 * weights / group * 2 * (ranks - 1) / ranks))
+  exchanged=$((blocks * epochs * samples * 8 * weights * 2 * (ranks - 1) / (batch * group * ranks)))
   check "$ranks hosts: gradients went over the network" exceeds $(($(sent 2) - before)) $exchanged
 done
 
