@@ -50,7 +50,7 @@ static void print_memory(const struct plan *plan) {
   print_bytes("effective weights", memory->effective, "");
   print_bytes("gradient of the largest weight", memory->weight_gradient, "");
   print_bytes("activations of a sample", memory->activations, "");
-  print_bytes("streams of its samples", memory->streams, "");
+  print_bytes(card ? "streams of its samples, there too" : "streams of its samples", memory->streams, "");
   print_bytes("learnables and their optimizer", memory->learnables, "");
   print_bytes(card ? "context, libraries, NCCL" : "scratch of kernels", memory->backend, "");
   if (card) {
