@@ -69,7 +69,7 @@ says() {
 # h3 is cut off, and the kernel there tells nobody: in one run, whose ranks notice; mpirun waits for its daemon on h3. And in one whose mpirun is told to
 # notice too, and earlier: it ends the ranks.
 keepalive=(--mca oob_tcp_keepalive_time 5 --mca oob_tcp_keepalive_intvl 5 --mca oob_tcp_keepalive_probes 3)
-export OMNIQUANT_TEST_READ_SECONDS=2
+export OMNIQUANT_TEST_READ_SECONDS=4 # so that it is in their middle, on a slow machine too
 calibrate 4 ranks -x OMNIQUANT_TEST_READ_SECONDS &
 calibrate 4 mpirun "${keepalive[@]}" -x OMNIQUANT_TEST_READ_SECONDS &
 noticing=$!
