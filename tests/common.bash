@@ -20,7 +20,9 @@ export ASAN_OPTIONS=${ASAN_OPTIONS:+$ASAN_OPTIONS:}detect_leaks=0
 unset OMPI_COMM_WORLD_RANK PMIX_RANK PMI_RANK PALS_RANKID SLURM_PROCID
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/omniquant test XXXXXX") || exit 1
-trap 'rm -rf "$work"' EXIT
+# For traps on EXIT: whether this is the test's own shell. A child that a signal ends before it has become another program runs them, too.
+here() { [ "$BASHPID" = $$ ]; }
+trap '! here || rm -rf "$work"' EXIT
 failures=0
 
 # check WHAT COMMAND...: one line that says whether the command succeeded, and what it printed if not.

@@ -13,7 +13,7 @@ missing=$(hosts_missing)
 cd / || exit 1 # a folder that every host has
 
 folder=$(mktemp -d /tmp/omniquant-hosts.XXXXXX) # mpirun's agent may have no spaces in its name
-trap 'hosts_stop; rm -rf "$work" "$folder"' EXIT
+trap '! here || { hosts_stop; rm -rf "$work" "$folder"; }' EXIT
 work=$folder/work # on h1 alone: no other rank reads or writes files
 mkdir "$work"
 built=$(dirname "$program")

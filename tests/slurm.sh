@@ -16,7 +16,7 @@ unset ${!SLURM_*} ${!SBATCH_*} ${!OMPI_MCA_*}
 cd "$(dirname "$0")/.." || exit 1
 
 folder=$(mktemp -d /tmp/omniquant-slurm.XXXXXX)
-trap 'cluster_stop; rm -rf "$work" "$folder"' EXIT
+trap '! here || { cluster_stop; rm -rf "$work" "$folder"; }' EXIT
 cluster_start "$folder" || {
   echo "the cluster does not start:"
   tail -n 20 "$folder"/*.log
