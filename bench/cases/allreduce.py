@@ -16,8 +16,8 @@ COLUMNS = {
     "limit_gb_s": "the same of an allreduce that sends no byte too much, 2 (ranks - 1) / ranks of them from each rank, at the speed of an "
                   "exchange of the whole message between two neighbours, both ways at once, that was measured beside it",
 }
-LIMIT = ("`limit_gb_s`: each rank has to send 2 (ranks - 1) / ranks of the bytes; the tree sends log2(ranks) times all of them, as much on 2 "
-         "ranks and 4/3 as much on 4")
+LIMIT = ("`limit_gb_s`: each rank has to send 2 (ranks - 1) / ranks of the bytes, which the tree does, in halves, quarters, ... to one partner "
+         "after the other")
 
 SIZES = {  # floats: 2 * weights of a block / group, and the loss
     "SmolLM2-135M g64": 2 * 3_538_944 // 64 + 1,
