@@ -241,6 +241,17 @@ echo "# kill -9 at random moments, $runs runs"
 RANDOM=${OMNIQUANT_KILL_SEED:-$$}
 echo "# OMNIQUANT_KILL_SEED=$RANDOM"
 
+# Waits for mpirun, and ends it where it has had no rank for half a minute: it may hang in its own end (PMIx_server_finalize).
+wait_launcher() {
+  local idle=0
+  while kill -0 $launcher 2>/dev/null; do
+    if [ -n "$(pgrep -P $launcher -r D,R,S)" ]; then idle=0; else idle=$((idle + 1)); fi
+    [ $idle -lt 300 ] || kill -9 $launcher
+    sleep 0.1
+  done
+  wait $launcher 2>/dev/null
+}
+
 # One attempt that is killed after a while; its status. Victims: either rank, both, or mpirun too.
 attempt() {
   OMNIQUANT_TEST_READ_SECONDS=0.15 mpirun --bind-to none --oversubscribe -np 2 "$program" calibrate --output "$work/killed" "${recipe[@]}" \
@@ -256,7 +267,7 @@ attempt() {
     kill -9 $launcher 2>/dev/null
     ;;
   esac
-  wait $launcher 2>/dev/null
+  wait_launcher
 }
 
 killed_run() {
