@@ -8,8 +8,8 @@
 
 #include "clock.h"
 #include "cuda/backend.h"
-#include "learn.h"
 #include "measure.h"
+#include "rank.h"
 
 struct arguments {
   const char *config;
@@ -56,17 +56,6 @@ enum { PERIOD = 1000003 };
 static void fill_values(float *values, int64_t count, float spread) {
   uint32_t state = 1;
   for (int64_t i = 0; i < count; i++) values[i] = i < PERIOD ? uniform(&state) * spread : values[i - PERIOD];
-}
-
-static void load_block(struct block *block, const struct model *model, char *image) {
-  for (int i = 0; i < model->tensors; i++) {
-    const struct block_tensor *tensor = &model->tensor[i];
-    float *values = (float *)(void *)(image + tensor->image_offset);
-    int64_t count = tensor->rows * tensor->columns;
-    if (tensor->dimensions == 2) fill_values(values, count, sqrtf(3.0f / (float)tensor->columns));
-    for (int64_t j = 0; tensor->dimensions == 1 && j < count; j++) values[j] = 1;
-  }
-  block_load(block, image);
 }
 
 /* What the card reaches: bytes a second of a copy, each counted read and written, and flops of a large product. */
@@ -120,13 +109,8 @@ struct setup {
   struct arguments arguments;
   struct model model;
   struct recipe recipe;
-  struct world world;
   struct kernels *k;
-  struct block block;
-  struct let_statistics statistics;
-  struct shard shard;
-  struct target target;
-  struct learner learner;
+  struct rank rank;
 };
 
 static void set_recipe(struct setup *s) {
@@ -139,62 +123,38 @@ static void set_recipe(struct setup *s) {
   s->recipe.stored_scale = false;
   s->recipe.epochs = a->steps + 4;
   s->recipe.samples = s->recipe.batch = a->batch;
+  s->recipe.seqlen = a->tokens;
 }
 
 static int setup_open(struct setup *s, struct error *error) {
   const struct arguments *a = &s->arguments;
   char config[4096];
-  struct block_use use = {.tokens = a->tokens, .effective = true, .quantized_inputs = a->abits < 16, .trained = true};
   if (!read_text(a->config, config, sizeof config, error) || model_parse(&s->model, config, a->config, error)) return error->code;
   set_recipe(s);
-  s->world = (struct world){.size = 1, .local_size = 1};
-  struct kernels *k = s->k = CUDA_OPEN(0, error);
-  if (!k) return error->code;
-  if (block_init(&s->block, &s->model, k, &use, error) || let_statistics_init(&s->statistics, &s->model, k, error)) return error->code;
-  shard_init(&s->shard, a->batch, a->batch, 0, 1);
-  size_t elements = (size_t)a->batch * (size_t)a->tokens * (size_t)s->model.hidden;
-  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
-  s->target.x = k->allocate(k, elements * k->element_bytes);
-  if (!s->target.x) return error_set(error, ERROR_WORK, "out of memory on cuda for the samples");
-  s->learner =
-      (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
-  if (target_init(&s->target, error) || learner_init(&s->learner, error)) return error->code;
-  char *image = calloc(1, s->model.image_bytes);
-  float *x = malloc(elements * sizeof *x);
-  if (image && x) {
-    load_block(&s->block, &s->model, image);
-    fill_values(x, (int64_t)elements, 1);
-    k->load(k, s->learner.x_q, x, DTYPE_F32, (int64_t)elements);
-    k->load(k, s->target.x, x, DTYPE_F32, (int64_t)elements);
-  } else {
-    error_set(error, ERROR_WORK, "out of memory for a block");
-  }
-  free(image);
-  free(x);
-  return error->code;
+  s->k = CUDA_OPEN(0, error);
+  if (!s->k || rank_open_block(&s->rank, &s->model, &s->recipe, s->k, error) || rank_open_learner(&s->rank, &s->recipe, 1, error) ||
+      rank_fill(&s->rank, error))
+    return error->code;
+  block_load(&s->rank.block, s->rank.image);
+  return 0;
 }
 
 static void setup_close(struct setup *s) {
-  if (!s->k) return;
-  learner_free(&s->learner);
-  target_free(&s->target);
-  let_statistics_free(&s->statistics);
-  if (s->target.x) s->k->release(s->k, s->target.x);
-  block_free(&s->block);
-  s->k->close(s->k);
+  rank_close(&s->rank);
+  if (s->k) s->k->close(s->k);
 }
 
 /* Seconds of each of the timed steps together, without a look at them in between. */
 static double time_steps(struct setup *s, struct error *error) {
   int all = s->arguments.steps + 4;
-  s->block.quantizer = s->recipe.activations;
-  target_pass(&s->target, true);
-  learner_start(&s->learner);
-  learner_begin(&s->learner);
-  for (int step = 0; step < 3; step++) learner_step(&s->learner, step, all);
+  s->rank.block.quantizer = s->recipe.activations;
+  target_pass(&s->rank.target, true);
+  learner_start(&s->rank.learner);
+  learner_begin(&s->rank.learner);
+  for (int step = 0; step < 3; step++) learner_step(&s->rank.learner, step, all);
   s->k->synchronize(s->k, error);
   double begin = now();
-  for (int step = 0; step < s->arguments.steps; step++) learner_step(&s->learner, step + 3, all);
+  for (int step = 0; step < s->arguments.steps; step++) learner_step(&s->rank.learner, step + 3, all);
   s->k->synchronize(s->k, error);
   return (now() - begin) / s->arguments.steps;
 }
@@ -205,10 +165,10 @@ static int run(struct setup *s, struct error *error) {
   double seconds = time_steps(s, error), products = 0, flops = 0;
   size_t taken = cuda_memory_taken(s->k);
   s->k->state->profile = &profile;
-  learner_step(&s->learner, a->steps + 3, a->steps + 4);
+  learner_step(&s->rank.learner, a->steps + 3, a->steps + 4);
   s->k->state->profile = NULL;
   struct step_state state;
-  s->k->download(s->k, &state, s->learner.state, sizeof state);
+  s->k->download(s->k, &state, s->rank.learner.state, sizeof state);
   struct limits limits = measure_limits(s->k);
   if (s->k->synchronize(s->k, error)) return error->code;
   for (int i = 0; i < profile.count; i++) {

@@ -5,18 +5,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "measure.h"
+
 enum { SIZES = 12, LEAST_REPEATS = 5, MOST_REPEATS = 200, FIRST_BYTES = 4, TAG = 1 };
 static const double SECONDS_A_SIZE = 0.4;
-
-static int ascending(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
-static double median(double *values, int count) {
-  qsort(values, (size_t)count, sizeof *values, ascending);
-  return values[count / 2];
-}
 
 /* Seconds of one exchange. */
 static double exchange(float *mine, float *other, int count, int partner) {

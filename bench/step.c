@@ -9,8 +9,8 @@
 
 #include "clock.h"
 #include "cpu/backend.h"
-#include "learn.h"
 #include "measure.h"
+#include "rank.h"
 #include "trace.h"
 
 struct arguments {
@@ -76,35 +76,15 @@ static double flops(const struct products *products) {
   return sum;
 }
 
-static void fill(float *values, int64_t count, float spread) {
-  uint32_t state = 7;
-  for (int64_t i = 0; i < count; i++) values[i] = uniform(&state) * spread;
-}
-
-static void fill_image(const struct model *model, char *image) {
-  for (int i = 0; i < model->tensors; i++) {
-    const struct block_tensor *tensor = &model->tensor[i];
-    float *values = (float *)(void *)(image + tensor->image_offset);
-    int64_t count = tensor->rows * tensor->columns;
-    if (tensor->dimensions == 2) fill(values, count, sqrtf(3.0f / (float)tensor->columns));
-    for (int64_t j = 0; tensor->dimensions == 1 && j < count; j++) values[j] = 1;
-  }
-}
-
 /* Everything that a step needs. */
 struct setup {
   struct arguments arguments;
   struct model model;
   struct recipe recipe;
-  struct world world;
   struct kernels *backend;
   struct kernels *traced; /* the backend, whose operations are noted in `trace` */
   struct trace trace;
-  struct block block;
-  struct let_statistics statistics;
-  struct shard shard;
-  struct target target;
-  struct learner learner;
+  struct rank rank;
   double *step_seconds;      /* [steps]; owns the next two */
   double *product_seconds;   /* [steps] */
   double *operation_seconds; /* [TRACE_COUNT + 1, steps]: each operation's, and last what lies between them */
@@ -127,62 +107,37 @@ static void set_recipe(struct setup *s) {
   s->recipe.bf16_products = a->bf16;
   s->recipe.epochs = all_steps(a);
   s->recipe.samples = 1;
-}
-
-static int load_values(struct setup *s, struct error *error) {
-  int64_t elements = (int64_t)s->arguments.tokens * s->model.hidden;
-  char *image = calloc(1, s->model.image_bytes);
-  if (!image) return error_set(error, ERROR_WORK, "out of memory for a block");
-  fill_image(&s->model, image);
-  block_load(&s->block, image);
-  free(image);
-  fill((float *)s->learner.x_q, elements, 1);
-  fill((float *)s->target.x, elements, 1);
-  return 0;
+  s->recipe.seqlen = a->tokens;
 }
 
 static int setup_open(struct setup *s, struct error *error) {
   const struct arguments *a = &s->arguments;
   char config[512];
-  struct block_use use = {.tokens = a->tokens, .effective = true, .quantized_inputs = a->abits < 16, .trained = true};
   snprintf(config, sizeof config,
            "{\"model_type\": \"llama\", \"num_hidden_layers\": 1, \"hidden_size\": %d, \"intermediate_size\": %d, "
            "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"vocab_size\": 100}",
            a->hidden, a->ffn, a->heads, a->kv_heads);
   set_recipe(s);
-  s->world = (struct world){.size = 1, .local_size = 1};
   struct kernels *backend = s->backend = kernels_open("cpu", a->threads, 0, error);
   if (!backend || model_parse(&s->model, config, "config", error)) return error->code;
-  struct kernels *k = s->traced = trace_open(backend, backend->element_bytes, &s->trace);
-  if (!k) return error_set(error, ERROR_WORK, "out of memory for a trace");
-  if (block_init(&s->block, &s->model, k, &use, error) || let_statistics_init(&s->statistics, &s->model, k, error)) return error->code;
-  shard_init(&s->shard, 1, 1, 0, 1);
-  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
-  s->target.x = k->allocate(k, (size_t)a->tokens * (size_t)a->hidden * k->element_bytes);
+  s->traced = trace_open(backend, backend->element_bytes, &s->trace);
   size_t steps = (size_t)a->steps;
   s->step_seconds = calloc((2 + TRACE_COUNT + 1) * steps, sizeof *s->step_seconds);
-  if (!s->target.x || !s->step_seconds) return error_set(error, ERROR_WORK, "out of memory for the samples");
+  if (!s->traced || !s->step_seconds) return error_set(error, ERROR_WORK, "out of memory for times");
   s->product_seconds = s->step_seconds + steps;
   s->operation_seconds = s->product_seconds + steps;
-  s->learner =
-      (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
-  if (target_init(&s->target, error) || learner_init(&s->learner, error)) return error->code;
-  return load_values(s, error);
+  if (rank_open_block(&s->rank, &s->model, &s->recipe, s->traced, error) || rank_open_learner(&s->rank, &s->recipe, 1, error) ||
+      rank_fill(&s->rank, error))
+    return error->code;
+  block_load(&s->rank.block, s->rank.image);
+  return 0;
 }
 
 static void setup_close(struct setup *s) {
   free(s->step_seconds);
-  if (!s->traced) {
-    if (s->backend) s->backend->close(s->backend);
-    return;
-  }
-  learner_free(&s->learner);
-  target_free(&s->target);
-  let_statistics_free(&s->statistics);
-  if (s->target.x) s->backend->release(s->backend, s->target.x);
-  block_free(&s->block);
-  s->traced->close(s->traced);
-  s->backend->close(s->backend);
+  rank_close(&s->rank);
+  if (s->traced) s->traced->close(s->traced);
+  if (s->backend) s->backend->close(s->backend);
 }
 
 /* The products of one step, in their order. */
@@ -190,21 +145,21 @@ static void record_products(struct setup *s, struct products *products) {
   struct backend *state = s->backend->state;
   state->observer = record;
   state->observer_context = products;
-  learner_step(&s->learner, WARM_STEPS - 1, all_steps(&s->arguments));
+  learner_step(&s->rank.learner, WARM_STEPS - 1, all_steps(&s->arguments));
   state->observer = NULL;
 }
 
 static void time_steps(struct setup *s, struct products *products) {
   int steps = s->arguments.steps, all = all_steps(&s->arguments);
-  s->block.quantizer = s->recipe.activations;
-  target_pass(&s->target, true);
-  learner_start(&s->learner);
-  learner_begin(&s->learner);
-  for (int step = 0; step < WARM_STEPS - 1; step++) learner_step(&s->learner, step, all);
+  s->rank.block.quantizer = s->recipe.activations;
+  target_pass(&s->rank.target, true);
+  learner_start(&s->rank.learner);
+  learner_begin(&s->rank.learner);
+  for (int step = 0; step < WARM_STEPS - 1; step++) learner_step(&s->rank.learner, step, all);
   record_products(s, products);
   for (int step = 0; step < steps; step++) { /* in turn, so that a noisy machine slows both */
     double begin = now();
-    learner_step(&s->learner, WARM_STEPS + step, all);
+    learner_step(&s->rank.learner, WARM_STEPS + step, all);
     double middle = now();
     replay(s->backend, products, s->arguments.bf16);
     s->step_seconds[step] = middle - begin;
@@ -218,7 +173,7 @@ static void time_operations(struct setup *s) {
   for (int step = 0; step < steps; step++) {
     memset(&s->trace, 0, sizeof s->trace);
     double begin = now();
-    learner_step(&s->learner, WARM_STEPS + steps + step, all);
+    learner_step(&s->rank.learner, WARM_STEPS + steps + step, all);
     double rest = now() - begin;
     for (int i = 0; i < TRACE_COUNT; i++) {
       s->operation_seconds[i * steps + step] = s->trace.row[i].seconds;
@@ -239,7 +194,8 @@ static int measure_limits(struct kernels *k, bool bf16, struct limits *limits, s
   enum { SIDE = 1536, COPIED = 32 << 20, REPEATS = 8 };
   float *a = k->allocate(k, 2 * (size_t)COPIED * sizeof *a), *b = a + COPIED;
   if (!a) return error_set(error, ERROR_WORK, "out of memory for measuring the machine");
-  fill(a, COPIED, 1);
+  uint32_t state = 7;
+  for (int64_t i = 0; i < COPIED; i++) a[i] = uniform(&state);
   for (int i = 0; i < REPEATS; i++) { /* the first also brings the pages in */
     double begin = now();
     k->copy(k, b, a, (size_t)COPIED * sizeof *a);

@@ -101,7 +101,7 @@ struct trace_row {
 
 struct trace {
   struct trace_row row[TRACE_COUNT];
-  size_t allocated; /* bytes of device memory now held */
+  size_t allocated; /* bytes of device memory that were allocated; releasing does not count */
 };
 
 /* Opens the backend. `behind` stays the caller's and must outlive it; NULL: nothing is computed, memory is counted and cannot be read, and

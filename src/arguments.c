@@ -326,18 +326,26 @@ static int set_blocks(struct calibrate_options *options, const char *text, struc
   return 0;
 }
 
-int arguments_calibrate(struct arguments *arguments, int argc, char **argv, struct error *error) {
+/* The flags of a recipe, whose texts are kept. */
+static int recipe_group(struct arguments *arguments, struct group *group, struct error *error) {
   size_t count;
   const struct setting *settings = recipe_settings(&count);
   arguments->overrides = calloc(count, sizeof *arguments->overrides);
   if (arguments->overrides == NULL) return error_set(error, ERROR_WORK, "no memory for the command line");
+  *group = (struct group){.header = "Recipe (a flag overrides the file):",
+                          .settings = settings,
+                          .count = count,
+                          .target = &arguments->flags,
+                          .overrides = arguments->overrides};
+  return 0;
+}
+
+int arguments_calibrate(struct arguments *arguments, int argc, char **argv, struct error *error) {
+  struct group recipe;
+  if (recipe_group(arguments, &recipe, error)) return error->code;
   struct group groups[] = {
       {.header = "Files:", .settings = calibrate_files, .count = COUNT(calibrate_files), .target = arguments},
-      {.header = "Recipe (a flag overrides the file):",
-       .settings = settings,
-       .count = count,
-       .target = &arguments->flags,
-       .overrides = arguments->overrides},
+      recipe,
       {.header = "Run:", .settings = calibrate_run, .count = COUNT(calibrate_run), .target = arguments},
   };
   struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};
@@ -566,17 +574,11 @@ static const struct setting plan_machine[] = {
 };
 
 int arguments_plan(struct arguments *arguments, int argc, char **argv, struct error *error) {
-  size_t count;
-  const struct setting *settings = recipe_settings(&count);
-  arguments->overrides = calloc(count, sizeof *arguments->overrides);
-  if (arguments->overrides == NULL) return error_set(error, ERROR_WORK, "no memory for the command line");
+  struct group recipe;
+  if (recipe_group(arguments, &recipe, error)) return error->code;
   struct group groups[] = {
       {.header = "Files:", .settings = plan_files, .count = COUNT(plan_files), .target = arguments},
-      {.header = "Recipe (a flag overrides the file):",
-       .settings = settings,
-       .count = count,
-       .target = &arguments->flags,
-       .overrides = arguments->overrides},
+      recipe,
       {.header = "Machine:", .settings = plan_machine, .count = COUNT(plan_machine), .target = arguments},
   };
   struct parse parse = {.arguments = arguments, .error = error, .groups = groups, .group_count = COUNT(groups)};

@@ -11,7 +11,7 @@
 #include "file.h"
 #include "printable.h"
 
-static const double GIB = 1024.0 * 1024 * 1024;
+#define GIB (1024.0 * 1024 * 1024)
 
 /* Cards: memory and bandwidths by NVIDIA's data sheets, 85 % of the bandwidth; products at 60 to 70 % of the bf16 peak, as cuBLAS reaches on large
  * ones under the cards' power limits; own attention kernels at a third of that. Nodes: 8 cards, NVLink, 400 Gbit/s a card between nodes. These are
@@ -22,7 +22,7 @@ static const struct {
 } cards[] = {
     {"h100",
      {.name = "NVIDIA H100 80 GB",
-      .device_memory = 79 * 1024.0 * 1024 * 1024,
+      .device_memory = 79 * GIB,
       .product_flops = 650e12,
       .attention_flops = 200e12,
       .search_flops = 20e12,
@@ -30,7 +30,7 @@ static const struct {
       .node_bandwidth = 300e9}},
     {"h200",
      {.name = "NVIDIA H200 141 GB",
-      .device_memory = 140 * 1024.0 * 1024 * 1024,
+      .device_memory = 140 * GIB,
       .product_flops = 650e12,
       .attention_flops = 200e12,
       .search_flops = 20e12,
@@ -38,7 +38,7 @@ static const struct {
       .node_bandwidth = 300e9}},
     {"a100",
      {.name = "NVIDIA A100 80 GB",
-      .device_memory = 79 * 1024.0 * 1024 * 1024,
+      .device_memory = 79 * GIB,
       .product_flops = 220e12,
       .attention_flops = 70e12,
       .search_flops = 6e12,
