@@ -73,7 +73,7 @@ export OMNIQUANT_TEST_READ_SECONDS=4 # so that it is in their middle, on a slow 
 calibrate 4 ranks -x OMNIQUANT_TEST_READ_SECONDS &
 calibrate 4 mpirun "${keepalive[@]}" -x OMNIQUANT_TEST_READ_SECONDS &
 noticing=$!
-for name in ranks mpirun; do check "$name: stores blocks" hosts_wait 60 test -e "$work/$name/blocks/0001.h5"; done
+for name in ranks mpirun; do check "$name: stores blocks" wait_until 60 test -e "$work/$name/blocks/0001.h5"; done
 check "h3 is cut off" hosts_enter 3 ip link set eth0 down
 begin=$SECONDS
 ended() { ! kill -0 "$noticing"; }
@@ -83,10 +83,10 @@ no_ranks() {
     for process in $(hosts_processes "$host"); do [ "$(readlink "/proc/$process/exe")" != "$program" ] || return; done
   done
 }
-check "mpirun: ends" hosts_wait 60 ended
+check "mpirun: ends" wait_until 60 ended
 echo "# after $((SECONDS - begin)) s"
 check "mpirun: says which host" says mpirun 'h3'
-check "ranks: all end" hosts_wait $((60 - SECONDS + begin)) no_ranks
+check "ranks: all end" wait_until $((60 - SECONDS + begin)) no_ranks
 echo "# after $((SECONDS - begin)) s"
 check "ranks: says which rank on which host" says ranks 'rank 2 on host h3 is gone'
 finish

@@ -34,6 +34,17 @@ begin() {
   done
 }
 
+# Waits for mpirun, whose status it returns, and ends it where it has had no rank for half a minute: it may hang in its own end (PMIx_server_finalize).
+wait_launcher() {
+  local idle=0
+  while kill -0 $launcher 2>/dev/null; do
+    if [ -n "$(pgrep -P $launcher -r D,R,S)" ]; then idle=0; else idle=$((idle + 1)); fi
+    [ $idle -lt 300 ] || kill -9 $launcher
+    sleep 0.1
+  done
+  wait $launcher 2>/dev/null
+}
+
 # Process of a rank.
 rank() { pgrep -P $launcher | sed -n "$(($1 + 1))p"; }
 said() { grep -q -e "$1" "$work/log" 2>/dev/null || { cat "$work/log" && return 1; }; }
@@ -61,7 +72,7 @@ echo "# signals"
 for signal in TERM INT USR1; do
   begin 2 $signal "${recipe[@]}" --stream-checkpoint 2
   kill -$signal "$(rank 1)"
-  wait $launcher
+  wait_launcher
   check "$signal to one rank: status 75" test $? = 75
   check "$signal: said once" test "$(grep -c "^omniquant: stopped by SIG$signal" "$work/log")" = 1
   check "$signal: some blocks are stored" test "$(stored $signal)" -ge 2 -a "$(stored $signal)" -lt 6
@@ -74,7 +85,7 @@ begin 1 twice "${recipe[@]}"
 kill -STOP "$(rank 0)" # both come before it can act on the first
 kill -TERM "$(rank 0)" && sleep 0.1
 kill -CONT "$(rank 0)"
-wait $launcher
+wait_launcher
 check "a stop is not forgotten" test $? = 75
 rm "$work/log" # in which is what is waited for below
 OMNIQUANT_TEST_READ_SECONDS=20 "$program" calibrate --output "$work/slow" "${recipe[@]}" --threads 1 >"$work/log" 2>&1 &
@@ -94,7 +105,7 @@ for victim in 0 3; do
   mpirun_flags=--enable-recovery begin 4 "dead $victim" "${recipe[@]}"
   began=$SECONDS
   kill -9 "$(rank $victim)"
-  wait $launcher
+  wait_launcher
   check "rank $victim: all end within a minute" test $((SECONDS - began)) -le 60
   check "rank $victim: it is named with its host" said "^omniquant: rank $victim on host $(hostname) is gone"
   check "rank $victim: whole" whole "dead $victim"
@@ -117,7 +128,7 @@ read_seconds=2 begin 1 busy "${recipe[@]}"
 check "a run in work" fails "$program" calibrate --output "$work/busy" "${recipe[@]}" --threads 1
 check "a run in work: said" also_said 'busy: another omniquant is writing here'
 kill -9 "$(rank 0)"
-wait $launcher
+wait_launcher
 
 # half NAME: the first three blocks of the reference.
 half() {
@@ -170,7 +181,7 @@ for _ in {1..600}; do
   sleep 0.05
 done
 kill -USR1 $launcher
-wait $launcher
+wait_launcher
 check "stopped" test $? = 75
 last=$(find "$work/streams/streams" -mindepth 1 -maxdepth 1 | sort | tail -n 1)
 check "there is a checkpoint, one file a rank" test "$(find "$last" -name 'rank-*.safetensors' | wc -l)" = 2
@@ -202,14 +213,14 @@ done
 echo "# files that change, and disks"
 begin 2 changed "${recipe[@]}"
 touch "$work/model/model.safetensors"
-wait $launcher
+wait_launcher
 check "a model that changes: status 2" test $? = 2
 check "a model that changes: said" said "model.safetensors: was changed while it was in use"
 check "a model that changes: whole" whole changed
 check "a model that has only been touched goes on" calibrate 2 changed "${recipe[@]}"
 begin 2 vanished "${recipe[@]}"
 mv "$work/vanished" "$work/hidden"
-wait $launcher
+wait_launcher
 check "a folder that vanishes: status 1" test $? = 1
 check "a folder that vanishes: said" said '^omniquant: .*/vanished/.*: cannot be written.*: No such file or directory'
 check "a folder that vanishes: whole" whole hidden
@@ -224,7 +235,7 @@ if mkdir "$work/disk" && mount -t tmpfs -o size=200k none "$work/disk" 2>/dev/nu
   mount -o remount,size=450k "$work/disk"
   begin 2 disk/out "${recipe[@]}"
   dd if=/dev/zero of="$work/disk/filler" bs=1k 2>/dev/null
-  wait $launcher
+  wait_launcher
   check "a disk that fills up: status 1" test $? = 1
   check "a disk that fills up: said" said '^omniquant: .*: cannot be written: No space left on device'
   check "a disk that fills up: whole" whole disk/out
@@ -240,17 +251,6 @@ fi
 echo "# kill -9 at random moments, $runs runs"
 RANDOM=${OMNIQUANT_KILL_SEED:-$$}
 echo "# OMNIQUANT_KILL_SEED=$RANDOM"
-
-# Waits for mpirun, and ends it where it has had no rank for half a minute: it may hang in its own end (PMIx_server_finalize).
-wait_launcher() {
-  local idle=0
-  while kill -0 $launcher 2>/dev/null; do
-    if [ -n "$(pgrep -P $launcher -r D,R,S)" ]; then idle=0; else idle=$((idle + 1)); fi
-    [ $idle -lt 300 ] || kill -9 $launcher
-    sleep 0.1
-  done
-  wait $launcher 2>/dev/null
-}
 
 # One attempt that is killed after a while; its status. Victims: either rank, both, or mpirun too.
 attempt() {

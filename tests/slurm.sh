@@ -64,7 +64,7 @@ sums() { (cd "$work/$1" && sha256sum blocks/*.h5); }
 within() {
   local name=$1 seconds=$(($2 < 240 - SECONDS ? $2 : 240 - SECONDS))
   shift 2
-  cluster_wait "$seconds" "$@" && return
+  wait_until "$seconds" "$@" && return
   cat "$work/$name.log"
   squeue
   return 1

@@ -1,6 +1,8 @@
 # cluster.bash: several hosts on this machine, joined by a switch (switch.c). Each has its own network, host name, shared memory and /tmp, so that MPI
 # takes it for a machine of its own; processes are started there as ssh would. Sourced. It needs root.
 # shellcheck shell=bash
+# shellcheck source=tests/wait.bash
+. "$(dirname "${BASH_SOURCE[0]}")/../wait.bash"
 
 hosts_folder=''   # the cluster's own files
 hosts_switch=''   # process id
@@ -47,23 +49,13 @@ hosts_make() {
   setpriv --pdeathsig KILL unshare --net --uts --ipc --mount bash -c 'hosts_furnish "$@" && exec sleep infinity' furnish "$@" &
   sleeper=$!
   hosts_sleepers+=("$sleeper")
-  hosts_wait 10 test -e "$hosts_folder/h$host" || return
+  wait_until 10 test -e "$hosts_folder/h$host" || return
   hosts_networks+=("$(readlink "/proc/$sleeper/ns/net")")
   ip link set "oq$$-$host" netns "$sleeper" name eth0 || return
   hosts_enter "$host" ip link set eth0 gso_max_size "$hosts_frame_bytes"
   # The switch keeps the rate; this keeps what waits for it with its socket, where TCP sees it, so that acknowledgements do not wait behind.
   [ "$hosts_rate" = 0 ] || hosts_enter "$host" tc qdisc add dev eth0 root tbf rate "${hosts_rate}bit" burst $((2 * hosts_frame_bytes)) latency 100ms || return
   hosts_enter "$host" sh -c "ip link set lo up && ip link set eth0 up && ip address add 10.77.0.$host/24 dev eth0"
-}
-
-# hosts_wait SECONDS COMMAND...: waits until the command succeeds.
-hosts_wait() {
-  local end=$((SECONDS + $1))
-  shift
-  until "$@" >/dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.05
-  done
 }
 
 # hosts_start SWITCH COUNT BITS_A_SECOND SECONDS OWN SHARED...: hosts h1, h2, ... with links of that rate and delay. What is in the folder OWN is kept
@@ -84,7 +76,7 @@ hosts_start() {
   setpriv --pdeathsig KILL "$switch" "$rate" "$delay" "${devices[@]}" >"$hosts_folder/switch.log" 2>&1 &
   hosts_switch=$!
   chrt --fifo --pid 50 "$hosts_switch" 2>/dev/null # a real one waits for no rank
-  hosts_wait 10 grep -q ready "$hosts_folder/switch.log" || return
+  wait_until 10 grep -q ready "$hosts_folder/switch.log" || return
   export -f hosts_furnish
   export hosts_folder
   hosts_make 1 "$own" "$@" || return

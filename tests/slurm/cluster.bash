@@ -1,6 +1,8 @@
 # cluster.bash: a real Slurm of two nodes on this machine, beside whatever is installed: its own configuration, key, sockets, ports, state and
 # logs, all in one folder. Sourced. It needs root, since a node's daemon starts jobs as their users.
 # shellcheck shell=bash
+# shellcheck source=tests/wait.bash
+. "$(dirname "${BASH_SOURCE[0]}")/../wait.bash"
 
 cluster_folder=''  # without spaces: Slurm's configuration knows no quotes
 cluster_daemons=() # process ids, in the order of their start
@@ -71,16 +73,6 @@ cluster_daemon() {
   cluster_daemons+=($!)
 }
 
-# cluster_wait SECONDS COMMAND...: waits until the command succeeds.
-cluster_wait() {
-  local end=$((SECONDS + $1))
-  shift
-  until "$@" >/dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || return 1
-    sleep 0.2
-  done
-}
-
 # Whether all daemons still run.
 cluster_alive() {
   local daemon
@@ -99,11 +91,11 @@ cluster_start() {
   mungekey --create --keyfile "$cluster_folder/munge.key" || return
   cluster_daemon munged --foreground --force --socket="$cluster_folder/munge.socket" --key-file="$cluster_folder/munge.key" \
     --pid-file="$cluster_folder/munge.pid" --seed-file="$cluster_folder/munge.seed" --log-file="$cluster_folder/munge.log"
-  cluster_wait 20 munge --no-input --socket="$cluster_folder/munge.socket" || return
+  wait_until 20 munge --no-input --socket="$cluster_folder/munge.socket" || return
   cluster_daemon slurmctld -D
   cluster_daemon slurmd -D -N n1
   cluster_daemon slurmd -D -N n2
-  cluster_wait 30 cluster_idle
+  wait_until 30 cluster_idle
 }
 
 # Process ids of what runs in this cluster, known by its configuration's name in their environment.
@@ -120,7 +112,7 @@ cluster_stop() {
   [ -n "$cluster_folder" ] || return 0
   timeout 10 scancel --user=root
   timeout 10 scancel --user=root --signal=KILL --full
-  cluster_wait 15 cluster_empty
+  wait_until 15 cluster_empty
   for ((i = ${#cluster_daemons[@]} - 1; i >= 0; i--)); do
     kill "${cluster_daemons[i]}" 2>/dev/null
     wait "${cluster_daemons[i]}" 2>/dev/null

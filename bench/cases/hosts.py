@@ -1,27 +1,23 @@
-#!/usr/bin/env python3
-"""Simulation against measurement: calibrations over hosts on this machine, joined by links of several rates and delays (tests/hosts/), each beside what
-bench/simulate.py says from a workload measured on one rank and a network measured between two.
+"""Simulation against measurement: calibrations over hosts on this machine, joined by links of several rates and delays (`tests/hosts/`), each beside
+what `bench/simulate.py` says from a workload measured on one rank and a network measured between two.
 
-Usage: hosts_check.py [--build DIR] [--repeats N] [--links 1e9:1e-4,...] [--ranks 1,2,4] [--results DIR]
-
-Needs root, and what tests/hosts.sh needs. Takes 5 minutes on an idle machine. Writes DATE-hosts.json and .txt to the folder of results.
+Needs root, what `tests/hosts.sh` needs, and a build with the tests (`--build build-test`).
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import measure_workload
 import simulate
+from harness import ROOT, Failure
 
-ROOT = Path(__file__).resolve().parent.parent
+SEPARATE = True
+
 # Small groups and short samples: large gradients for little work, so that the network counts on a small machine.
 MODEL = {"blocks": 3, "hidden": 256, "heads": 4, "kv_heads": 4, "ffn": 512, "vocabulary": 96}
 FLAGS = ["--wbits", "3", "--group-size", "4", "--seqlen", "16", "--sampling", "sequential", "--lwc-lr", "1e-3"]
@@ -31,7 +27,7 @@ COLUMNS = {
     "sends": "how Open MPI sends large messages over TCP: put, its default, or send (--mca btl_tcp_flags send,inplace)",
     "ranks": "processes of one thread, each on a host of its own; all hosts share this machine's cores",
     "latency_us": "one way, measured between two ranks",
-    "MB_a_second": "each way, measured between two ranks that exchange and add",
+    "mb_a_second": "each way, measured between two ranks that exchange and add",
     "slowed": "seconds of as many runs of one rank each, side by side and without a word to each other, over what the workload says of one alone: what"
     " sharing this machine costs each rank at that time, and the factor by which computing is taken to be slower",
     "measured": "seconds of all blocks, as the store tells them; the fastest of the repeats",
@@ -69,7 +65,7 @@ def hosts(work, build, most, link, ranks, repeats, sends):
     command = ["setpriv", "--pdeathsig", "TERM", "bash", "-c", HOSTS, "hosts", *map(str, link), " ".join(map(str, ranks)), str(repeats), sends]
     done = subprocess.run(command, env={**measure_workload.environment(), **{name: str(value) for name, value in variables.items()}})
     if done.returncode:
-        sys.exit(f"hosts_check.py: the runs with links of {link[0]:g} bit/s and {link[1]:g} s failed")
+        raise Failure(f"the runs with links of {link[0]:g} bit/s and {link[1]:g} s failed")
     network = json.loads((work / "network").read_text())
     found = {rank: [measure_workload.inspect(build / "omniquant", work / f"{rank}-{i + 1}")["seconds"] for i in range(repeats)] for rank in ranks}
     return network, found
@@ -97,7 +93,7 @@ def side_by_side(work, build, count):
         running = [subprocess.Popen([str(part) for part in [*command, "--output", output]], env=measure_workload.environment(),
                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for output in outputs]  # fmt: skip
         if any([process.wait() for process in running]):
-            sys.exit("hosts_check.py: a run side by side with others failed")
+            raise Failure("a run side by side with others failed")
         return sum(measure_workload.inspect(program, output)["seconds"] for output in outputs) / count
 
 
@@ -117,81 +113,33 @@ def simulated(workload, network, rates, ranks, slowed):
     cluster = {**network, **rates, "ranks_a_node": 1, "node_latency_seconds": network["latency_seconds"],
                "node_bytes_a_second": network["bytes_a_second"]}  # fmt: skip
     options = argparse.Namespace(seed=0, jitter=0.0, slow_rank=0.0, collective="program", simulated_blocks=workload["blocks"])
-    return cluster, simulate.simulate(slow, cluster, [ranks], options)[0]
+    return simulate.simulate(slow, cluster, [ranks], options)[0]
 
 
-def first_line(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()[0].strip()
-    except (OSError, IndexError):
-        return ""
+def options(parser):
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
+    parser.add_argument("--links", default="1e9:1e-4,1e9:1e-3,1e10:1e-4,1e10:1e-3,1e8:1e-3", help="bits a second : seconds, with commas")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="default 1 2 4")
 
 
-def machine():
-    cpus = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {"cpu": cpus[0] if cpus else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory, 1), "kernel": platform.release(),
-            "gpu": ""}  # fmt: skip
-
-
-def table(rows):
-    columns = [column for column in COLUMNS]
-    text = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
-    widths = [max(len(line[i]) for line in [columns, *text]) for i in range(len(columns))]
-    return "\n".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in [columns, *text]) + "\n"
-
-
-def check(options, work):
-    build = options.build
-    sizes = [int(text) for text in options.ranks.split(",")]
-    links = [tuple(float(part) for part in text.split(":")) for text in options.links.split(",")]
-    helper = build / "tests/test_helper"
-    measure_workload.run([helper, "tokens", work / "tokens.h5", 20000, MODEL["vocabulary"], 1])
-    measure_workload.run([helper, "model", work / "model", *MODEL.values(), "F32"])
+def rows(bench, arguments):
+    build, work = bench.build.resolve(), bench.folder
+    links = [tuple(float(part) for part in text.split(":")) for text in arguments.links.split(",")]
+    helper = bench.program("tests/test_helper")
+    bench.program("tests/test_switch")
+    bench.run([helper, "tokens", work / "tokens.h5", 20000, MODEL["vocabulary"], 1])
+    bench.run([helper, "model", work / "model", *MODEL.values(), "F32"])
     single = argparse.Namespace(program=build / "omniquant", model=work / "model", tokens=work / "tokens.h5", samples=SAMPLES, batch=BATCH,
-                                epochs=EPOCHS, repeats=options.repeats)  # fmt: skip
+                                epochs=EPOCHS, repeats=arguments.repeats)  # fmt: skip
     workload = measure_workload.measure(single, FLAGS)
     rates = file_rates(work, workload["block_bytes"])
-    alone = simulated(workload, {"latency_seconds": 0, "bytes_a_second": 1e12}, rates, 1, 1)[1]["seconds"]
-    cases = [(link, "send") for link in links] + [(links[0], "put")]
-    rows, clusters = [], []
-    for link, sends in cases:
-        network, found = hosts(work, build, max(sizes), link, sizes, options.repeats, sends)
-        slowed = slowdowns(work, build, sizes, options.repeats, alone)
-        for ranks in sizes:
-            cluster, row = simulated(workload, network, rates, ranks, slowed[ranks])
+    alone = simulated(workload, {"latency_seconds": 0, "bytes_a_second": 1e12}, rates, 1, 1)["seconds"]
+    for link, sends in [(link, "send") for link in links] + [(links[0], "put")]:
+        network, found = hosts(work, build, max(arguments.ranks), link, arguments.ranks, arguments.repeats, sends)
+        slowed = slowdowns(work, build, arguments.ranks, arguments.repeats, alone)
+        for ranks in arguments.ranks:
+            row = simulated(workload, network, rates, ranks, slowed[ranks])
             measured = min(found[ranks])
-            rows.append({
-                "link": f"{link[0] / 1e9:g}G {link[1] * 1e3:g}ms", "sends": sends, "ranks": ranks, "latency_us": network["latency_seconds"] * 1e6,
-                "MB_a_second": network["bytes_a_second"] / 1e6, "slowed": slowed[ranks], "measured": measured, "slowest": max(found[ranks]),
-                "simulated": row["seconds"], "error": row["seconds"] / measured - 1, "network": row["all-reduce"] / row["seconds"],
-            })  # fmt: skip
-            print(table(rows).splitlines()[-1], flush=True)
-        clusters.append({"link": link, "sends": sends, **cluster})
-    return workload, clusters, rows
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Check bench/simulate.py against runs over hosts on this machine.")
-    parser.add_argument("--build", type=lambda text: Path(text).resolve(), default=ROOT / "build-test", help="with the tests and benchmarks")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--links", default="1e9:1e-4,1e9:1e-3,1e10:1e-4,1e10:1e-3,1e8:1e-3", help="bits a second : seconds, with commas")
-    parser.add_argument("--ranks", default="1,2,4")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench/results")
-    options = parser.parse_args()
-    load = [os.getloadavg()[0]]
-    with tempfile.TemporaryDirectory(prefix="omniquant-hosts-", dir="/tmp") as folder:
-        workload, clusters, rows = check(options, Path(folder))
-    load.append(os.getloadavg()[0])
-    versions = {"omniquant": first_line("git", "rev-parse", "--short", "HEAD"), "openmpi": first_line("mpirun", "--version")}
-    result = {"case": "hosts", "date": datetime.datetime.now().isoformat(timespec="seconds"), "machine": machine(), "versions": versions,
-              "command": " ".join(["bench/hosts_check.py", *sys.argv[1:]]), "load": load, "rows": rows, "limit": LIMIT, "columns": COLUMNS,
-              "workload": workload, "clusters": clusters}  # fmt: skip
-    base = options.results / f"{datetime.date.today().isoformat()}-hosts"
-    base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    base.with_suffix(".txt").write_text(table(rows))
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+            yield {"link": f"{link[0] / 1e9:g}G {link[1] * 1e3:g}ms", "sends": sends, "ranks": ranks, "latency_us": network["latency_seconds"] * 1e6,
+                   "mb_a_second": network["bytes_a_second"] / 1e6, "slowed": slowed[ranks], "measured": measured, "slowest": max(found[ranks]),
+                   "simulated": row["seconds"], "error": row["seconds"] / measured - 1, "network": row["all-reduce"] / row["seconds"]}  # fmt: skip
