@@ -144,17 +144,36 @@ static int check_machine(const struct machine *machine, const char *path, struct
   return 0;
 }
 
-int machine_read(struct machine *machine, const char *path, struct error *error) {
-  json_error_t reason;
-  json_t *root = json_load_file(path, 0, &reason);
+/* The key that no file may have, or NULL. */
+static const char *unknown_key(json_t *root) {
+  const char *key;
+  json_t *value;
+  json_object_foreach(root, key, value) {
+    bool known = strcmp(key, "name") == 0 || strcmp(key, "operations") == 0;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) known = known || strcmp(key, numbers[i].key) == 0;
+    if (!known) return key;
+  }
+  return NULL;
+}
+
+static int read_object(struct machine *machine, json_t *root, const char *path, struct error *error) {
   const json_t *name = json_object_get(root, "name");
-  if (!root)
-    return error_set(error, ERROR_INPUT, "%s: %s; give a machine's figures in JSON (docs/plan.md)", path, printable(reason.text).text);
+  const char *unknown = unknown_key(root);
+  if (!json_is_object(root)) return error_set(error, ERROR_INPUT, "%s: not a JSON object; docs/plan.md has its keys", path);
+  if (unknown) return error_set(error, ERROR_INPUT, "%s: %s: no such key; docs/plan.md has them", path, printable(unknown).text);
   if (json_is_string(name)) snprintf(machine->name, sizeof machine->name, "%.60s", printable(json_string_value(name)).text);
   for (size_t i = 0; i < sizeof numbers / sizeof *numbers && !error->code; i++)
     read_number(root, path, numbers[i].key, (double *)(void *)((char *)machine + numbers[i].offset), error);
   if (!error->code) read_operations(machine, json_object_get(root, "operations"), path, error);
-  if (!error->code) check_machine(machine, path, error);
+  return error->code ? error->code : check_machine(machine, path, error);
+}
+
+int machine_read(struct machine *machine, const char *path, struct error *error) {
+  json_error_t reason;
+  json_t *root = json_load_file(path, 0, &reason);
+  if (!root)
+    return error_set(error, ERROR_INPUT, "%s: %s; give a machine's figures in JSON (docs/plan.md)", path, printable(reason.text).text);
+  read_object(machine, root, path, error);
   json_decref(root);
   return error->code;
 }

@@ -274,6 +274,10 @@ static void test_refusals(void **state) {
   refused("h500", NULL, "'h500' is neither h100, h200, a100 nor a file");
   write_text(path, "{\"read_bandwidth\": ");
   refused(NULL, path, "wrong.json: ");
+  write_text(path, "[1, 2]");
+  refused(NULL, path, "wrong.json: not a JSON object");
+  write_text(path, "{\"read_bandwith\": 1e9}");
+  refused(NULL, path, "wrong.json: read_bandwith: no such key");
   write_text(path, "{\"read_bandwidth\": -1}");
   refused(NULL, path, "wrong.json: read_bandwidth: not a number from 0 on");
   write_text(path, "{\"operations\": {\"copy\": {\"seconds\": \"long\"}}}");
