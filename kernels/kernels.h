@@ -126,6 +126,13 @@ struct kernels {
   void (*copy)(struct kernels *k, void *to, const void *from, size_t bytes);
   void (*clear)(struct kernels *k, void *memory, size_t bytes);
 
+  /* ---- work that comes again ---- */
+  /* Calls work(context). What it asks of the device has to be the same each time but for what the memory it names holds, and it may not wait:
+   * the device keeps a record of it, and later calls launch the record whole. *recording: NULL before the first; freed by forget, which takes
+   * NULL too. NULL where a launch costs nothing (the CPU): work is called by its own name. */
+  void (*repeat)(struct kernels *k, void **recording, void (*work)(void *context), void *context);
+  void (*forget)(struct kernels *k, void *recording);
+
   /* ---- linear layers: y = x W^T + b ---- */
   void (*linear_forward)(struct kernels *k, data *y, /* [T, C_out] assigned, or added to */
                          const data *x,              /* [T, C_in] */

@@ -30,6 +30,11 @@ static int first_reader(const struct model *model, int linear) {
   return role == LINEAR_UP && model->linear[linear - 1].quantized ? linear - 1 : linear;
 }
 
+/* Whether a step's work is handed to the device to be repeated: experts see other numbers of tokens each time. */
+static bool repeats(const struct learner *l) {
+  return l->k->repeat && l->block->model->experts == 0;
+}
+
 static void place_importances(struct learner *l) {
   const struct model *model = l->block->model;
   for (int i = 0; i < model->linears; i++) {
@@ -51,24 +56,28 @@ int learner_init(struct learner *l, struct error *error) {
   struct {
     void *field;
     size_t bytes;
+    bool needed;
   } device[] = {
-      {&l->x_q, shard_bytes},
-      {&l->next, shard_bytes},
-      {&l->augmented, shard_bytes},
-      {&l->y, sample_bytes},
-      {&l->dy, sample_bytes},
-      {&l->gradient, (count + 1) * sizeof(float)},
-      {&l->scratch, depth * summed * sizeof(float)},
-      {&l->m, count * sizeof(float)},
-      {&l->v, count * sizeof(float)},
-      {&l->start, count * sizeof(float)},
-      {&l->importance, 2 * columns * sizeof(float)},
-      {&l->step_loss, steps * sizeof(float)},
-      {&l->sample_loss, (size_t)l->shard->count * sizeof(float)},
-      {&l->state, sizeof *l->state},
+      {&l->x_q, shard_bytes, true},
+      {&l->next, shard_bytes, true},
+      {&l->augmented, shard_bytes, l->recipe->aug_loss},
+      {&l->y, sample_bytes, true},
+      {&l->dy, sample_bytes, true},
+      {&l->copy.x, sample_bytes, repeats(l)},
+      {&l->copy.target, sample_bytes, repeats(l)},
+      {&l->copy.augmented, sample_bytes, repeats(l) && l->recipe->aug_loss},
+      {&l->gradient, (count + 1) * sizeof(float), true},
+      {&l->scratch, depth * summed * sizeof(float), true},
+      {&l->m, count * sizeof(float), true},
+      {&l->v, count * sizeof(float), true},
+      {&l->start, count * sizeof(float), true},
+      {&l->importance, 2 * columns * sizeof(float), true},
+      {&l->step_loss, steps * sizeof(float), true},
+      {&l->sample_loss, (size_t)l->shard->count * sizeof(float), true},
+      {&l->state, sizeof *l->state, true},
   };
   for (size_t i = 0; i < sizeof device / sizeof *device; i++) {
-    if (device[i].field == &l->augmented && !l->recipe->aug_loss) continue;
+    if (!device[i].needed) continue;
     void *memory = k->allocate(k, device[i].bytes);
     if (!memory)
       return error_set(error, ERROR_WORK,
@@ -83,9 +92,13 @@ int learner_init(struct learner *l, struct error *error) {
 }
 
 void learner_free(struct learner *l) {
-  void *const device[] = {l->x_q, l->next, l->augmented, l->y,          l->dy,        l->gradient,    l->scratch,
-                          l->m,   l->v,    l->start,     l->importance, l->step_loss, l->sample_loss, l->state};
+  void *const device[] = {l->x_q,         l->next,           l->augmented, l->y,           l->dy,   l->copy.x,
+                          l->copy.target, l->copy.augmented, l->gradient,  l->scratch,     l->m,    l->v,
+                          l->start,       l->importance,     l->step_loss, l->sample_loss, l->state};
   if (!l->k) return;
+  for (int i = 0; i < LEARNER_MOST_RECORDINGS; i++)
+    if (l->recording[i].made) l->k->forget(l->k, l->recording[i].made);
+  if (l->quantizing) l->k->forget(l->k, l->quantizing);
   for (size_t i = 0; i < sizeof device / sizeof *device; i++)
     if (device[i]) l->k->release(l->k, device[i]);
   free(l->losses);
@@ -105,10 +118,15 @@ void learner_quantize(struct learner *l, struct learned with, bool at_rest) {
   lwc_quantize(&l->lwc, l->block, &l->let, with.factor, at_rest);
 }
 
+static struct sample sample_of(const struct learner *l, int local) {
+  return (struct sample){sample_at(l, l->x_q, local), sample_at(l, l->target->x, local),
+                         l->recipe->aug_loss ? sample_at(l, l->augmented, local) : NULL};
+}
+
 /* Loss of a sample's output y: method.md section 4, step 2. */
-static void sample_loss(struct learner *l, float *loss, data *dy, const data *y, int local, float weight) {
-  l->k->mse(l->k, loss, dy, y, sample_at(l, l->target->x, local), sample_elements(l), weight, false);
-  if (l->recipe->aug_loss) l->k->mse(l->k, loss, dy, y, sample_at(l, l->augmented, local), sample_elements(l), weight, true);
+static void sample_loss(struct learner *l, float *loss, data *dy, const data *y, const struct sample *sample, float weight) {
+  l->k->mse(l->k, loss, dy, y, sample->target, sample_elements(l), weight, false);
+  if (sample->augmented) l->k->mse(l->k, loss, dy, y, sample->augmented, sample_elements(l), weight, true);
 }
 
 /* Mean loss over all samples with the weights at rest, and the block's outputs in `next`. Collective. */
@@ -117,8 +135,9 @@ static double measure(struct learner *l, struct learned with) {
   learner_quantize(l, with, true);
   for (int i = 0; i < count && !world_stopping(l->world); i++) {
     data *y = sample_at(l, l->next, i);
-    block_forward(l->block, BLOCK_QUANTIZED, y, sample_at(l, l->x_q, i));
-    sample_loss(l, l->sample_loss + i, NULL, y, i, 1);
+    struct sample sample = sample_of(l, i);
+    block_forward(l->block, BLOCK_QUANTIZED, y, sample.x);
+    sample_loss(l, l->sample_loss + i, NULL, y, &sample, 1);
     poll(l);
   }
   float *mine = l->losses + samples; /* gathered by a sum in which every sample has one rank's value */
@@ -210,15 +229,45 @@ struct step_context {
   float weight; /* 1 / samples of the step */
 };
 
+/* One sample's part of a step. */
+struct sample_work {
+  struct learner *learner;
+  struct sample sample;
+  float weight;
+  float *out; /* [count + 1] gradient, and the loss */
+};
+
+static void sample_work(void *context) {
+  const struct sample_work *work = context;
+  struct learner *l = work->learner;
+  block_forward(l->block, BLOCK_QUANTIZED, l->y, work->sample.x);
+  sample_loss(l, work->out + l->count, l->dy, l->y, &work->sample, work->weight);
+  learner_backward(l, work->out, l->dy, work->sample.x);
+}
+
+/* The same work for every sample, out of a copy of it: what a device can repeat by itself. */
+static void repeat_work(struct learner *l, struct sample_work *work) {
+  size_t bytes = (size_t)sample_elements(l) * l->k->element_bytes;
+  l->k->copy(l->k, l->copy.x, work->sample.x, bytes);
+  l->k->copy(l->k, l->copy.target, work->sample.target, bytes);
+  if (l->copy.augmented) l->k->copy(l->k, l->copy.augmented, work->sample.augmented, bytes);
+  work->sample = l->copy;
+  struct recording *r = l->recording;
+  while (r->out && (r->out != work->out || r->weight != work->weight)) r++;
+  *r = (struct recording){work->out, work->weight, r->made};
+  l->k->repeat(l->k, &r->made, sample_work, work);
+}
+
 /* A sample's gradient and loss. */
 static void sample_gradient(void *context, int local, float *out) {
   const struct step_context *step = context;
   struct learner *l = step->learner;
-  const data *x = sample_at(l, l->x_q, local);
+  struct sample_work work = {l, sample_of(l, local), step->weight, out};
   if (world_stopping(l->world)) return;
-  block_forward(l->block, BLOCK_QUANTIZED, l->y, x);
-  sample_loss(l, out + l->count, l->dy, l->y, local, step->weight);
-  learner_backward(l, out, l->dy, x);
+  if (repeats(l))
+    repeat_work(l, &work);
+  else
+    sample_work(&work);
   poll(l);
 }
 
@@ -275,10 +324,19 @@ void learner_begin(struct learner *l) {
   memset(l->block->expert_tokens, 0, (size_t)l->block->model->experts * sizeof *l->block->expert_tokens);
 }
 
+static void quantize_in_training(void *context) {
+  struct learner *l = context;
+  learner_quantize(l, in_training(l), l->recipe->stored_scale);
+}
+
 void learner_step(struct learner *l, int step, int steps) {
   int in_epoch = step % l->shard->steps;
   struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
-  learner_quantize(l, in_training(l), l->recipe->stored_scale);
+  l->let.folded = in_training(l).let && l->let.count; /* as let_fold has it, which is not called where its work is repeated */
+  if (repeats(l))
+    l->k->repeat(l->k, &l->quantizing, quantize_in_training, l);
+  else
+    quantize_in_training(l);
   l->k->bf16_products = l->recipe->bf16_products;
   shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, l->count + 1);
   l->k->bf16_products = false;

@@ -26,6 +26,21 @@ struct learned {
   const float *let;    /* [let->count] scales and shifts; NULL: none */
 };
 
+/* One sample in both streams, [T, hidden] each, device memory. */
+struct sample {
+  data *x;         /* what the quantized block reads */
+  data *target;    /* what it is to give */
+  data *augmented; /* of aug_loss: what it is to give as well; else NULL */
+};
+
+/* What a device has noted of a sample's work (kernels.h, repeat): one for each place where a gradient goes and each weight it has. */
+struct recording {
+  float *out; /* NULL: none yet */
+  float weight;
+  void *made;
+};
+enum { LEARNER_MOST_RECORDINGS = 66 }; /* a whole step and a last, shorter one; 32 levels of the sum over samples */
+
 struct learner {
   const struct recipe *recipe;
   struct world *world;
@@ -39,11 +54,14 @@ struct learner {
 
   struct lwc lwc;
   struct let let;
-  data *x_q;                                /* this rank's samples, [shard.count, T, hidden]: output of the quantized blocks before */
-  data *next;                               /* the same after this block */
-  data *augmented;                          /* of aug_loss: the full-precision block's output on x_q; else NULL */
-  int64_t count;                            /* learnable parameters: 2 * lwc.groups, then let.count */
-  data *y, *dy;                             /* [T, hidden] */
+  data *x_q;          /* this rank's samples, [shard.count, T, hidden]: output of the quantized blocks before */
+  data *next;         /* the same after this block */
+  data *augmented;    /* of aug_loss: the full-precision block's output on x_q; else NULL */
+  int64_t count;      /* learnable parameters: 2 * lwc.groups, then let.count */
+  data *y, *dy;       /* [T, hidden] */
+  struct sample copy; /* of the sample in work, where the device repeats */
+  struct recording recording[LEARNER_MOST_RECORDINGS];
+  void *quantizing;                         /* the same of quantizing the weights */
   float *gradient;                          /* [count + 1]: of factors (parameters after a step), then of LET's parameters, then the loss */
   float *scratch;                           /* for sums over samples */
   float *m, *v;                             /* [count]: AdamW's moments */

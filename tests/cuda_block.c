@@ -198,7 +198,7 @@ static void calibrations_are_those_of_the_cpu(void **context) {
     recipe.sign_span = 0.1;
     recipe.epochs = LEARN_EPOCHS;
     recipe.samples = LEARN_SAMPLES;
-    recipe.batch = 2;
+    recipe.batch = 2 + (int)i % 2; /* by 3 the last step has 2 samples */
     recipe.seqlen = TOKENS;
     check_calibration(&bounds[cases[i].decisions], cases[i].folder, &recipe);
   }

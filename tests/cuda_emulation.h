@@ -144,7 +144,18 @@ inline void run_block(bool reversed) {
   }
 }
 
-inline void run(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+/* What a stream is asked for, noted while a graph is recorded. */
+typedef std::vector<std::function<void()>> graph;
+inline graph *recorded;
+
+inline void issue(std::function<void()> work) {
+  if (recorded)
+    recorded->push_back(work);
+  else
+    work();
+}
+
+inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
   bool reversed = launches++ % 2;
   grid = blocks;
   block = dim3((unsigned)threads);
@@ -165,6 +176,10 @@ inline void run(dim3 blocks, int threads, size_t shared_bytes, std::function<voi
     run_block(reversed);
   }
   free(shared);
+}
+
+inline void run(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+  issue([=] { run_now(blocks, threads, shared_bytes, kernel); });
 }
 
 /* ---- warps ---- */
@@ -240,7 +255,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 /* What cuBLASLt does: the product in fp32, rounded once. */
-template <class P, class W, class R> void multiply(const P &p, W widen, R round) {
+template <class P, class W, class R> void multiply_now(const P &p, W widen, R round) {
   for (int64_t i = 0; i < p.m; i++)
     for (int64_t j = 0; j < p.n; j++) {
       float sum = p.bias ? widen(p.bias[j]) : 0;
@@ -248,6 +263,10 @@ template <class P, class W, class R> void multiply(const P &p, W widen, R round)
         sum += widen(p.transpose_a ? p.a[k * p.m + i] : p.a[i * p.k + k]) * widen(p.transpose_b ? p.b[j * p.k + k] : p.b[k * p.n + j]);
       p.c[i * p.n + j] = round(p.add ? sum + widen(p.c[i * p.n + j]) : sum);
     }
+}
+
+template <class P, class W, class R> void multiply(const P &p, W widen, R round) {
+  issue([=] { multiply_now(p, widen, round); });
 }
 
 } // namespace emulation
@@ -313,10 +332,18 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  if (emulation::recorded) { /* which a device refuses */
+    fprintf(stderr, "emulation: waiting while a graph is recorded\n");
+    abort();
+  }
   return cudaSuccess;
 }
 inline std::map<const char *, size_t> cudaAllocations;
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
+  if (emulation::recorded) {
+    fprintf(stderr, "emulation: allocating while a graph is recorded\n");
+    abort();
+  }
   int code = posix_memalign(memory, 256, bytes);
   if (code == 0) cudaAllocations[(const char *)*memory] = bytes;
   return code;
@@ -333,11 +360,42 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, c
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t) {
-  memcpy(to, from, bytes);
+  emulation::issue([=] { memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) {
-  memset(memory, value, bytes);
+  emulation::issue([=] { memset(memory, value, bytes); });
+  return cudaSuccess;
+}
+
+/* ---- graphs ---- */
+
+typedef emulation::graph *cudaGraph_t, *cudaGraphExec_t;
+enum { cudaStreamCaptureModeThreadLocal = 0 };
+
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+  emulation::recorded = new emulation::graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+  *graph = emulation::recorded;
+  emulation::recorded = NULL;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, int) {
+  *made = new emulation::graph(*graph);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+  for (const std::function<void()> &work : *graph) work();
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
   return cudaSuccess;
 }
 

@@ -741,6 +741,86 @@ static void a_failure_is_kept(void **context) {
   k->close(k);
 }
 
+/* ---- repeating ---- */
+
+enum { REPEATED_ROWS = 40, REPEATED_COLUMNS = 24 };
+
+/* Column sums, for which scratch memory is needed, and an addition to what the call before left. */
+struct repeated {
+  struct kernels *k;
+  data *x;
+  float *sums, *total;
+  int calls;
+};
+
+static void repeated_work(void *context) {
+  struct repeated *r = context;
+  r->calls++;
+  r->k->clear(r->k, r->sums, REPEATED_COLUMNS * sizeof(float));
+  r->k->column_squares(r->k, r->sums, r->x, REPEATED_ROWS, REPEATED_COLUMNS);
+  r->k->add(r->k, r->total, r->sums, REPEATED_COLUMNS);
+}
+
+/* Work on other values in the same memory gives what it gives when called, whether it is called, recorded or repeated. */
+static void work_is_repeated(void **context) {
+  (void)context;
+  enum { TIMES = 7, GROWN_BEFORE = 4, COUNT_X = REPEATED_ROWS * REPEATED_COLUMNS, WIDE = 1 << 14 };
+  struct error error = {0};
+  struct kernels *k = CUDA_OPEN(0, &error); /* one whose scratch memory has not grown */
+  struct memory m = {0}, d = {.k = k};
+  struct repeated r = {k, device(&d, COUNT_X * k->element_bytes), device(&d, REPEATED_COLUMNS * sizeof(float)),
+                       device(&d, REPEATED_COLUMNS * sizeof(float)), 0};
+  data *wide = device(&d, 2 * WIDE * k->element_bytes);
+  float *wide_sums = device(&d, WIDE * sizeof(float)), total[REPEATED_COLUMNS] = {0}, got[REPEATED_COLUMNS];
+  uint64_t state = 17;
+  void *recording = NULL;
+  for (int i = 0; i < TIMES; i++) {
+    float *x = random_bf16(&m, &state, COUNT_X), sums[REPEATED_COLUMNS] = {0};
+    for (int row = 0; row < REPEATED_ROWS; row++)
+      for (int c = 0; c < REPEATED_COLUMNS; c++) sums[c] += x[row * REPEATED_COLUMNS + c] * x[row * REPEATED_COLUMNS + c];
+    for (int c = 0; c < REPEATED_COLUMNS; c++) total[c] += sums[c];
+    k->load(k, r.x, x, DTYPE_F32, COUNT_X);
+    if (i == GROWN_BEFORE) k->column_sums(k, wide_sums, wide, 2, WIDE); /* moves the scratch memory that the record uses */
+    k->repeat(k, &recording, repeated_work, &r);
+  }
+  k->download(k, got, r.total, sizeof got);
+  assert_int_equal(k->synchronize(k, &error), 0);
+  assert_int_equal(r.calls, 3); /* once to settle, and once for each of the two records */
+  for (int c = 0; c < REPEATED_COLUMNS; c++) assert_float_equal(got[c], total[c], 1e-4);
+  k->forget(k, recording);
+  memory_free(&m);
+  memory_free(&d);
+  k->close(k);
+}
+
+/* Work that needs more scratch memory than its first call did is done all the same. */
+static void grown_work(void *context) {
+  struct repeated *r = context;
+  r->k->column_sums(r->k, r->sums, r->x, 2, r->calls++ ? REPEATED_COLUMNS : 1);
+}
+
+static void work_that_outgrows_its_memory_is_called(void **context) {
+  (void)context;
+  struct error error = {0};
+  struct kernels *k = CUDA_OPEN(0, &error);
+  struct memory d = {.k = k};
+  float x[2 * REPEATED_COLUMNS], got[REPEATED_COLUMNS];
+  struct repeated r = {k, device(&d, sizeof x), device(&d, sizeof got), NULL, 0};
+  void *recording = NULL;
+  for (int i = 0; i < 2 * REPEATED_COLUMNS; i++) x[i] = (float)i;
+  k->load(k, r.x, x, DTYPE_F32, 2 * REPEATED_COLUMNS);
+  for (int i = 0; i < 5; i++) {
+    k->clear(k, r.sums, sizeof got);
+    k->repeat(k, &recording, grown_work, &r);
+    k->download(k, got, r.sums, sizeof got);
+    for (int c = 0; c < (i ? REPEATED_COLUMNS : 1); c++) assert_float_equal(got[c], i ? 2 * c + REPEATED_COLUMNS : 1, 0);
+  }
+  assert_int_equal(r.calls, 4); /* small; recorded in vain, called instead; recorded */
+  k->forget(k, recording);
+  memory_free(&d);
+  k->close(k);
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
       cmocka_unit_test(linear_layers),
@@ -758,6 +838,8 @@ int main(void) {
       cmocka_unit_test(loss_and_optimizers),
       cmocka_unit_test(cross_entropy),
       cmocka_unit_test(a_failure_is_kept),
+      cmocka_unit_test(work_is_repeated),
+      cmocka_unit_test(work_that_outgrows_its_memory_is_called),
   };
   open_backends(&cpu, &cuda);
   int failed = cmocka_run_group_tests(tests, NULL, NULL);

@@ -16,6 +16,7 @@ namespace {
 #include "cuda/norm.cu"
 #include "cuda/optimizer.cu"
 #include "cuda/quantize.cu"
+#include "cuda/record.cu"
 #include "cuda/rope.cu"
 #include "cuda/search.cu"
 #include "cuda/transform.cu"
@@ -33,6 +34,8 @@ static void fill_table(struct kernels *k) {
   k->download = cuda_download;
   k->copy = cuda_copy;
   k->clear = cuda_clear;
+  k->repeat = repeat;
+  k->forget = forget;
   k->linear_forward = linear_forward;
   k->linear_backward_input = linear_backward_input;
   k->linear_backward_weight = linear_backward_weight;

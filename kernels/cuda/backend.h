@@ -29,6 +29,7 @@ struct backend {
   void *products; /* cuBLASLt's objects (cublas.h) */
   char *scratch;  /* grown by cuda_scratch, kept */
   size_t scratch_bytes;
+  bool recording, outgrown;     /* a graph is being recorded, and whether it needs more scratch memory than there is */
   struct error failure;         /* first failure, reported by synchronize */
   struct cuda_profile *profile; /* NULL but in benchmarks: each operation is timed, and waited for */
   char level[80];               /* the device's name */

@@ -45,6 +45,10 @@ static cudaStream_t cuda_stream(struct kernels *k) {
 static char *cuda_scratch(struct kernels *k, int64_t bytes) {
   struct backend *cuda = k->state;
   if ((size_t)bytes <= cuda->scratch_bytes) return cuda->scratch;
+  if (cuda->recording) { /* a record cannot allocate: it is given up */
+    cuda->outgrown = true;
+    return NULL;
+  }
   cuda_check(k, cudaStreamSynchronize(cuda_stream(k)), "waiting");
   cudaFree(cuda->scratch);
   cuda->scratch = NULL;
@@ -73,7 +77,7 @@ template <class... P, class... A>
 static void launch(struct kernels *k, dim3 grid, int threads, size_t shared_bytes, void (*kernel)(P...), A... arguments) {
   if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
 #ifdef OMNIQUANT_EMULATED
-  emulation::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+  emulation::run(grid, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
   enum { WITHOUT_ASKING = 48 * 1024 };
   if (shared_bytes > WITHOUT_ASKING &&
