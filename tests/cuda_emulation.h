@@ -2,7 +2,11 @@
  * after the other; the threads of a block are fibers that change places at barriers, and exchanges of a warp are barriers too. Device memory is
  * host memory, so that AddressSanitizer sees what compute-sanitizer would.
  * Every second launch runs blocks and threads in reverse: where a barrier is missing, two runs of a kernel give different results. A barrier
- * that not all threads reach ends the program. */
+ * that not all threads reach ends the program.
+ * Streams are queues. The first device that is opened does its work as soon as it is asked for and copies beside it as late as can be, the second the
+ * other way round, and so on in turn (OMNIQUANT_EMULATED_LATE=copies or work: all one way): where one stream should wait for another and does not,
+ * the two give different results.
+ * OMNIQUANT_EMULATED_MEMORY: bytes of the device's memory; without it there is no end to it. */
 #ifndef OMNIQUANT_CUDA_EMULATION_H
 #define OMNIQUANT_CUDA_EMULATION_H
 
@@ -12,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <deque>
 #include <functional>
 #include <map>
 #include <vector>
@@ -144,15 +149,91 @@ inline void run_block(bool reversed) {
   }
 }
 
-/* What a stream is asked for, noted while a graph is recorded. */
+/* ---- streams ---- */
+
+struct stream {
+  struct operation {
+    std::function<void()> run;
+    stream *awaited; /* NULL: none */
+    unsigned long until;
+  };
+  bool works; /* carries a device's work: the first that is made after it is opened; others carry copies */
+  std::deque<operation> queue;
+  unsigned long asked, done;
+};
+
+/* A moment of a stream: when it has done so many operations. */
+struct event {
+  stream *of;
+  unsigned long at;
+};
+
+inline std::vector<stream *> streams;
+inline unsigned devices; /* opened so far */
+inline bool opening;     /* one, which has no stream yet */
+
+inline bool work_is_late() {
+  const char *late = getenv("OMNIQUANT_EMULATED_LATE");
+  return late ? strcmp(late, "work") == 0 : devices % 2 == 0;
+}
+
+inline bool is_ready(const stream *s) {
+  return !s->queue.empty() && (!s->queue.front().awaited || s->queue.front().awaited->done >= s->queue.front().until);
+}
+
+inline void do_next(stream *s) {
+  stream::operation next = s->queue.front();
+  s->queue.pop_front();
+  if (next.run) next.run();
+  s->done++;
+}
+
+/* Where work is late, copies are done as soon as they may. */
+inline void let_copies_run() {
+  for (bool moved = work_is_late(); moved;) {
+    moved = false;
+    for (stream *s : streams)
+      for (; !s->works && is_ready(s); moved = true) do_next(s);
+  }
+}
+
+inline void run_until(stream *s, unsigned long at) {
+  while (s->done < at) {
+    if (is_ready(s))
+      do_next(s);
+    else
+      run_until(s->queue.front().awaited, s->queue.front().until);
+    let_copies_run();
+  }
+}
+
+inline void run_all() {
+  for (stream *s : streams) run_until(s, s->asked);
+}
+
+inline void ask(stream *s, const stream::operation &operation) {
+  s->queue.push_back(operation);
+  s->asked++;
+  if (s->works && !work_is_late()) run_until(s, s->asked);
+  let_copies_run();
+}
+
+/* What the work's stream is asked for, noted while a graph is recorded. */
 typedef std::vector<std::function<void()>> graph;
 inline graph *recorded;
 
-inline void issue(std::function<void()> work) {
-  if (recorded)
+inline void refuse_in_record(const char *what) {
+  if (!recorded) return;
+  fprintf(stderr, "emulation: %s while a graph is recorded\n", what);
+  abort();
+}
+
+inline void issue(void *on, std::function<void()> work) {
+  stream *s = (stream *)on;
+  if (recorded && s->works)
     recorded->push_back(work);
   else
-    work();
+    ask(s, {work, NULL, 0});
 }
 
 inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
@@ -178,8 +259,8 @@ inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function
   free(shared);
 }
 
-inline void run(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
-  issue([=] { run_now(blocks, threads, shared_bytes, kernel); });
+inline void run(void *on, dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+  issue(on, [=] { run_now(blocks, threads, shared_bytes, kernel); });
 }
 
 /* ---- warps ---- */
@@ -265,8 +346,8 @@ template <class P, class W, class R> void multiply_now(const P &p, W widen, R ro
     }
 }
 
-template <class P, class W, class R> void multiply(const P &p, W widen, R round) {
-  issue([=] { multiply_now(p, widen, round); });
+template <class P, class W, class R> void multiply(void *on, const P &p, W widen, R round) {
+  issue(on, [=] { multiply_now(p, widen, round); });
 }
 
 } // namespace emulation
@@ -297,8 +378,10 @@ inline int __popc(unsigned bits) {
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-enum { cudaSuccess = 0, cudaStreamNonBlocking = 0, cudaMemcpyHostToDevice = 0, cudaMemcpyDeviceToHost = 0, cudaMemcpyDeviceToDevice = 0 };
-enum { cudaMemoryTypeHost, cudaMemoryTypeDevice };
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
+enum { cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHostAllocDefault = 0 };
+enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
 struct cudaPointerAttributes {
   int type;
 };
@@ -318,53 +401,133 @@ inline cudaError_t cudaGetDeviceCount(int *count) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
+  emulation::devices++;
+  emulation::opening = true;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
   *properties = {"emulated", 9, 0};
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
-  *stream = NULL;
+
+/* ---- memory ---- */
+
+struct cudaAllocation {
+  size_t bytes;
+  int type;
+};
+inline std::map<const char *, cudaAllocation> cudaAllocations;
+inline size_t cudaTaken; /* of the device's memory */
+
+inline size_t cudaMemory() {
+  const char *bytes = getenv("OMNIQUANT_EMULATED_MEMORY");
+  return bytes ? strtoull(bytes, NULL, 10) : SIZE_MAX;
+}
+inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+  *total = cudaMemory();
+  *free_bytes = *total - cudaTaken;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) {
+/* Full of NaN. */
+inline cudaError_t cudaAllocate(void **memory, size_t bytes, int type) {
+  if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
+  memset(*memory, 0xff, bytes);
+  cudaAllocations[(const char *)*memory] = {bytes, type};
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  if (emulation::recorded) { /* which a device refuses */
-    fprintf(stderr, "emulation: waiting while a graph is recorded\n");
-    abort();
-  }
-  return cudaSuccess;
-}
-inline std::map<const char *, size_t> cudaAllocations;
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-  if (emulation::recorded) {
-    fprintf(stderr, "emulation: allocating while a graph is recorded\n");
-    abort();
-  }
-  int code = posix_memalign(memory, 256, bytes);
-  if (code == 0) cudaAllocations[(const char *)*memory] = bytes;
-  return code;
+  emulation::refuse_in_record("allocating");
+  if (bytes > cudaMemory() - cudaTaken) return cudaErrorMemoryAllocation;
+  cudaTaken += bytes;
+  return cudaAllocate(memory, bytes, cudaMemoryTypeDevice);
+}
+inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
+  return cudaAllocate(memory, bytes, cudaMemoryTypeHost);
 }
 inline cudaError_t cudaFree(void *memory) {
+  if (!memory) return cudaSuccess;
+  emulation::run_all(); /* as a device does */
+  const cudaAllocation &freed = cudaAllocations.at((const char *)memory);
+  if (freed.type == cudaMemoryTypeDevice) cudaTaken -= freed.bytes;
   cudaAllocations.erase((const char *)memory);
   free(memory);
   return cudaSuccess;
 }
+inline cudaError_t cudaFreeHost(void *memory) {
+  return cudaFree(memory);
+}
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory) {
   auto after = cudaAllocations.upper_bound((const char *)memory);
-  bool mine = after != cudaAllocations.begin() && (after--, (const char *)memory < after->first + after->second);
-  attributes->type = mine ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+  bool known = after != cudaAllocations.begin() && (after--, (const char *)memory < after->first + after->second.bytes);
+  attributes->type = known ? after->second.type : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t) {
-  emulation::issue([=] { memcpy(to, from, bytes); });
+
+/* ---- streams ---- */
+
+typedef emulation::event *cudaEvent_t;
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
+  emulation::stream *made = new emulation::stream();
+  made->works = emulation::opening;
+  emulation::opening = false;
+  emulation::streams.push_back(made);
+  *stream = made;
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) {
-  emulation::issue([=] { memset(memory, value, bytes); });
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  emulation::refuse_in_record("waiting");
+  emulation::run_until((emulation::stream *)stream, ((emulation::stream *)stream)->asked);
+  return cudaSuccess;
+}
+/* Who asks often enough sees it done. */
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  emulation::stream *s = (emulation::stream *)stream;
+  if (s->done == s->asked) return cudaSuccess;
+  emulation::run_until(s, s->done + 1);
+  return cudaErrorNotReady;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  emulation::run_all();
+  for (size_t i = 0; i < emulation::streams.size(); i++)
+    if (emulation::streams[i] == stream) emulation::streams.erase(emulation::streams.begin() + (long)i);
+  delete (emulation::stream *)stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
+  *event = new emulation::event();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  *event = {(emulation::stream *)stream, ((emulation::stream *)stream)->asked};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, int) {
+  emulation::ask((emulation::stream *)stream, {NULL, event->of, event->at});
+  return cudaSuccess;
+}
+/* A device would copy from and to other host memory in its own time only as far as the host waits for it. */
+inline void cudaRefuseUnregistered(const void *memory) {
+  cudaPointerAttributes attributes;
+  cudaPointerGetAttributes(&attributes, memory);
+  if (attributes.type != cudaMemoryTypeUnregistered) return;
+  fprintf(stderr, "emulation: a copy beside the work of memory that is not cudaHostAlloc's\n");
+  abort();
+}
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t stream) {
+  if (!((emulation::stream *)stream)->works) {
+    cudaRefuseUnregistered(to);
+    cudaRefuseUnregistered(from);
+  }
+  emulation::issue(stream, [=] { memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t stream) {
+  emulation::issue(stream, [=] { memset(memory, value, bytes); });
   return cudaSuccess;
 }
 
@@ -386,8 +549,10 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph
   *made = new emulation::graph(*graph);
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-  for (const std::function<void()> &work : *graph) work();
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  emulation::issue(stream, [=] {
+    for (const std::function<void()> &work : *graph) work();
+  });
   return cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
@@ -395,6 +560,7 @@ inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  emulation::run_all();
   delete graph;
   return cudaSuccess;
 }

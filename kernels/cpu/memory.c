@@ -16,6 +16,11 @@ static void cpu_release(struct kernels *k, void *memory) {
   free(memory);
 }
 
+static void *cpu_allocate_host(struct kernels *k, size_t bytes) {
+  (void)k;
+  return aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64);
+}
+
 static int cpu_synchronize(struct kernels *k, struct error *error) {
   if (k->state->failure.code) return error_set(error, k->state->failure.code, "%s", k->state->failure.message);
   return 0;

@@ -35,6 +35,12 @@ struct backend {
   char level[80];               /* the device's name */
 };
 
+/* A queue of copies beside the work (kernels.h). */
+struct lane {
+  void *stream; /* cudaStream_t */
+  void *event;  /* cudaEvent_t: what one stream waits for of the other */
+};
+
 /* Bytes of the device's memory that are taken, by whomever. */
 size_t cuda_memory_taken(struct kernels *k);
 

@@ -77,7 +77,7 @@ template <class... P, class... A>
 static void launch(struct kernels *k, dim3 grid, int threads, size_t shared_bytes, void (*kernel)(P...), A... arguments) {
   if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
 #ifdef OMNIQUANT_EMULATED
-  emulation::run(grid, threads, shared_bytes, [=] { kernel(arguments...); });
+  emulation::run(cuda_stream(k), grid, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
   enum { WITHOUT_ASKING = 48 * 1024 };
   if (shared_bytes > WITHOUT_ASKING &&

@@ -12,9 +12,8 @@ struct product {
 
 #ifdef OMNIQUANT_EMULATED
 static void multiply(struct kernels *k, const struct product *p) {
-  (void)k;
   emulation::multiply(
-      *p, [](bf16 x) { return to_float(x); }, [](float x) { return to_bf16(x); });
+      cuda_stream(k), *p, [](bf16 x) { return to_float(x); }, [](float x) { return to_bf16(x); });
 }
 #else
 #include "cuda/cublas.h"
