@@ -1,4 +1,4 @@
-/* device.c: what carries sums of device memory over the ranks: NCCL, or copies through the host. */
+/* device.c: what carries sums of device memory over the ranks, and blocks: NCCL, or copies through the host. */
 #include "device.h"
 
 #include <stdlib.h>
@@ -12,7 +12,8 @@
 struct device {
   struct kernels *k;
   struct nccl *nccl; /* NULL: through the host */
-  float *host;       /* grown as needed; twice what is summed */
+  struct stream_link link;
+  float *host; /* grown as needed; twice what is summed */
   size_t host_count;
 };
 
@@ -39,6 +40,24 @@ void device_close(struct world *world) {
 
 bool device_owns(const struct device *device, const void *memory) {
   return device && device->k->owns(device->k, memory);
+}
+
+#ifdef OMNIQUANT_NCCL
+static void broadcast(void *context, struct lane *lane, void *bytes, size_t count) {
+  nccl_broadcast(context, lane, bytes, count);
+}
+#endif
+
+const struct stream_link *device_link(const struct world *world) {
+#ifdef OMNIQUANT_NCCL
+  struct device *device = world->device;
+  if (!device || !device->nccl) return NULL;
+  device->link = (struct stream_link){device->nccl, broadcast};
+  return &device->link;
+#else
+  (void)world;
+  return NULL;
+#endif
 }
 
 /* ---- through the host ---- */

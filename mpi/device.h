@@ -4,12 +4,17 @@
 #define OMNIQUANT_DEVICE_H
 
 #include "kernels.h"
+#include "stream.h"
 #include "world.h"
 
 /* Gives the world its device; nothing to do on one rank, or where the backend's memory is the host's. `k` must outlive device_close. Collective,
  * after all ranks have opened their kernels. Errors: ERROR_WORK, this rank's own: agree on them. */
 int device_open(struct world *world, struct kernels *k, struct error *error);
 void device_close(struct world *world);
+
+/* What carries the block stream between the devices of a world's ranks; NULL: MPI does. Valid until device_close. Beside sums only on a world of its
+ * own: what one world's device carries goes in one order. */
+const struct stream_link *device_link(const struct world *world);
 
 /* What world_allreduce and world_largest ask and do. */
 bool device_owns(const struct device *device, const void *memory);

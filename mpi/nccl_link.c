@@ -95,3 +95,7 @@ void nccl_exchange(struct nccl *nccl, const float *mine, size_t mine_count, floa
 void nccl_largest(struct nccl *nccl, float *values, size_t count) {
   require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
 }
+
+void nccl_broadcast(struct nccl *nccl, struct lane *lane, void *bytes, size_t count) {
+  require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
+}

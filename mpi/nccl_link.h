@@ -15,4 +15,7 @@ void nccl_close(struct nccl *nccl); /* NULL is allowed */
 void nccl_exchange(struct nccl *nccl, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner);
 void nccl_largest(struct nccl *nccl, float *values, size_t count);
 
+/* As stream_link has it: on the lane's stream. */
+void nccl_broadcast(struct nccl *nccl, struct lane *lane, void *bytes, size_t count);
+
 #endif

@@ -207,6 +207,16 @@ static int open_target(struct run *run, bool observed, struct error *error) {
   return target_init(&run->target, error);
 }
 
+/* Sums go over the team's devices, blocks beside them over all ranks'. */
+static int open_device(struct run *run, struct error *error) {
+  run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
+  if (world_agree(run->world, error)) return error->code;
+  device_open(&run->team, run->k, error);
+  if (world_agree(run->world, error)) return error->code;
+  device_open(run->world, run->k, error);
+  return world_agree(run->world, error);
+}
+
 static int open_work(struct run *run, struct error *error) {
   struct stream_source source = {run->items, image_bytes, read_image, run};
   struct block_use use = {.tokens = run->recipe->seqlen, .effective = true, .trained = true};
@@ -218,10 +228,8 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
-  if (stream_open(run->world, &source, &run->stream, error))
+  if (stream_open(run->world, run->k, device_link(run->world), &source, &run->stream, error))
     return error->code; /* first: it is collective, and what follows may fail on one rank alone */
-  run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
-  if (!run->k) return error->code;
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
   open_streams(run);
   if (block_init(&run->block, &run->model, run->k, &use, error)) return error->code;
@@ -447,10 +455,8 @@ static int calibrate_blocks(struct run *run, struct error *error) {
   form_teams(run);
   if (run->world->rank == 0) run->progress = progress_open("calibrate", blocks_left(run));
   resume_schedule(run, error);
-  if (world_agree(run->world, error)) return error->code; /* opening the stream is collective */
+  if (world_agree(run->world, error) || open_device(run, error)) return error->code;
   open_work(run, error);
-  if (world_agree(run->world, error)) return error->code;
-  device_open(&run->team, run->k, error);
   if (world_agree(run->world, error)) return error->code;
   announce(run);
   if (resume_streams(run, error)) return error->code;
@@ -498,6 +504,7 @@ static void run_free(struct run *run, struct error *error) {
     block_image_free(&run->jobs[i].image);
     free(run->jobs[i].rank_seconds);
   }
+  device_close(run->world);
   device_close(&run->team);
   world_leave_team(&run->team);
   if (!run->k) return;

@@ -12,6 +12,7 @@
 #include "checkpoint.h"
 #include "clock.h"
 #include "dequantize.h"
+#include "device.h"
 #include "feed.h"
 #include "stream.h"
 
@@ -163,6 +164,13 @@ static void *device_memory(struct evaluation *e, size_t bytes, struct error *err
   return memory;
 }
 
+static int open_device(struct evaluation *e, struct error *error) {
+  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), e->world->local_rank, error);
+  if (world_agree(e->world, error)) return error->code;
+  device_open(e->world, e->k, error);
+  return world_agree(e->world, error);
+}
+
 static int open_work(struct evaluation *e, struct error *error) {
   int64_t T = e->options->seqlen, H = e->model.hidden, E = e->model.embedding, before = tail_of(&e->model).count;
   int64_t budget = 8 << 20; /* elements of a piece of the head, and of its logits */
@@ -172,10 +180,8 @@ static int open_work(struct evaluation *e, struct error *error) {
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
   struct stream_source source = {items, item_bytes, read_item, e};
-  if (stream_open(e->world, &source, &e->stream, error))
+  if (stream_open(e->world, e->k, device_link(e->world), &source, &e->stream, error))
     return error->code; /* first: it is collective, and what follows may fail on one rank alone */
-  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), e->world->local_rank, error);
-  if (!e->k) return error->code;
   for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
   size_t tokens = (size_t)e->count * (size_t)T;
   e->ids = calloc(tokens + 1, sizeof *e->ids);
@@ -195,6 +201,7 @@ static int open_work(struct evaluation *e, struct error *error) {
 
 static void evaluation_free(struct evaluation *e) {
   stream_close(e->stream);
+  device_close(e->world);
   store_close(e->store, &(struct error){0});
   tokens_close(e->tokens);
   checkpoint_close(e->checkpoint);
@@ -335,6 +342,7 @@ static int evaluate_all(struct evaluation *e, struct error *error) {
   world_broadcast(e->world, &e->model, sizeof e->model);
   world_broadcast(e->world, &e->activations, sizeof e->activations);
   world_broadcast(e->world, &e->windows, sizeof e->windows);
+  if (open_device(e, error)) return error->code;
   open_work(e, error);
   if (world_agree(e->world, error)) return error->code;
   struct feed feed = {e->world, e->k, &e->model, e->tokens, e->checkpoint, e->options->seqlen, e->windows, e->start, window_owner, e};
