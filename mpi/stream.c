@@ -122,6 +122,7 @@ static void post_copies(struct stream *s, size_t bytes) {
   s->transfer = TRANSFER_COPIES;
 }
 
+/* Which the host sees, so that work asked for from then on need not wait for the lanes. */
 static bool copies_done(struct stream *s, bool wait) {
   bool done = true;
   for (int i = 0; i < LANES; i++) done = s->k->idle(s->k, s->lane[i], wait) && done;
@@ -239,7 +240,6 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
     advance(s, true);
     if (s->transfer != TRANSFER_COMPLETE && !s->has_reader) nanosleep(&pause, NULL);
   }
-  for (int i = 0; i < LANES && s->image; i++) s->k->join(s->k, s->lane[i]);
   *bytes = s->image ? s->image : s->buffer;
   if (!s->status) return 0;
   if (s->has_reader) return error_set(error, s->read_error.code, "%s", s->read_error.message);
