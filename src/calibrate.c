@@ -158,10 +158,6 @@ static int read_image(void *context, int item, void *image, struct error *error)
   return dequantize_read_block(job->store, run->checkpoint, &run->wide, what->block, image, job->output, error);
 }
 
-static size_t stream_bytes(const struct run *run) {
-  return (size_t)run->shard.count * (size_t)run->recipe->seqlen * (size_t)run->model.hidden * run->k->element_bytes;
-}
-
 static int open_job(struct run *run, struct job *job, struct error *error) {
   job->learner = (struct learner){.recipe = job->recipe,
                                   .world = &run->team,
@@ -199,11 +195,7 @@ static int open_target(struct run *run, bool observed, struct error *error) {
                                 .block = &run->block,
                                 .shard = &run->shard,
                                 .stream = run->stream,
-                                .statistics = observed ? &run->statistics : NULL,
-                                .x = run->k->allocate(run->k, stream_bytes(run))};
-  if (!run->target.x)
-    return error_set(error, ERROR_WORK, "rank %d: out of memory on %s for %d samples (%zu bytes); lower --samples or use more ranks",
-                     run->world->rank, run->k->name, run->shard.count, stream_bytes(run));
+                                .statistics = observed ? &run->statistics : NULL};
   return target_init(&run->target, error);
 }
 
@@ -236,6 +228,9 @@ static int open_work(struct run *run, struct error *error) {
   if (open_target(run, observed, error)) return error->code;
   for (int i = 0; i < run->count && !error->code; i++)
     if (is_mine(run, &run->jobs[i])) open_job(run, &run->jobs[i], error);
+  if (!error->code) samples_place(&run->target.x, error);
+  for (int i = 0; i < run->count && !error->code; i++)
+    if (is_mine(run, &run->jobs[i])) learner_place(&run->jobs[i].learner, error);
   return error->code;
 }
 
@@ -257,10 +252,10 @@ static int embed(struct run *run, struct error *error) {
     struct feed feed = {
         run->world,        run->k,       &run->model, run->tokens, run->checkpoint, run->recipe->seqlen, run->recipe->samples,
         run->sample_start, sample_owner, &dealing};
-    if (feed_embed(&feed, run->target.x, NULL, error)) return error->code;
+    if (feed_embed(&feed, &run->target.x, NULL, error)) return error->code;
   }
   for (int i = 0; i < run->count; i++)
-    if (is_mine(run, &run->jobs[i])) run->k->copy(run->k, run->jobs[i].learner.x_q, run->target.x, stream_bytes(run));
+    if (is_mine(run, &run->jobs[i])) samples_copy(&run->jobs[i].learner.x_q, &run->target.x);
   return 0;
 }
 
@@ -427,9 +422,19 @@ static void announce_job(const struct run *run, const struct job *job) {
           recipe->seqlen);
 }
 
+static bool lives_on_host(const struct run *run) {
+  bool some = run->target.x.host;
+  for (int i = 0; i < run->count; i++) {
+    const struct learner *l = &run->jobs[i].learner;
+    some = some || l->x_q.host || l->next.host || l->augmented.host;
+  }
+  return some;
+}
+
 static void announce(const struct run *run) {
   if (run->world->rank != 0) return;
   for (int i = 0; i < run->count; i++) announce_job(run, &run->jobs[i]);
+  if (lives_on_host(run)) fprintf(stderr, "hidden states have no room on the device: they come from pinned host memory beside the work\n");
   if (run->teams > 1) fprintf(stderr, "%d teams of %d ranks calibrate different recipes\n", run->teams, run->team.size);
   if (run->team.size > run->recipe->batch)
     fprintf(stderr, "%d ranks share %d samples a step: %d of them have nothing to do; raise --batch\n", run->team.size, run->recipe->batch,
@@ -512,7 +517,6 @@ static void run_free(struct run *run, struct error *error) {
   target_free(&run->target);
   let_statistics_free(&run->statistics);
   block_free(&run->block);
-  run->k->release(run->k, run->target.x);
   run->k->close(run->k);
 }
 

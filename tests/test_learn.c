@@ -48,17 +48,13 @@ static void setup_open(struct setup *s, const char *folder, const struct recipe 
   open_block(&s->block, &s->f, k, true);
   block_load(&s->block, s->f.image[TRAINED]);
   if (let_statistics_init(&s->statistics, &s->f.model, k, &error)) fail_msg("%s", error.message);
-  s->target = (struct target){.world = &s->world,
-                              .k = k,
-                              .block = &s->block,
-                              .shard = &s->shard,
-                              .statistics = &s->statistics,
-                              .x = poisoned_data(&s->memory, recipe->samples * hidden_count(&s->f))};
+  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
   s->learner =
       (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
   if (target_init(&s->target, &error) || learner_init(&s->learner, &error)) fail_msg("%s", error.message);
-  fill_samples(s, s->target.x);
-  fill_samples(s, s->learner.x_q);
+  if (samples_place(&s->target.x, &error) || learner_place(&s->learner, &error)) fail_msg("%s", error.message);
+  fill_samples(s, s->target.x.all);
+  fill_samples(s, s->learner.x_q.all);
 }
 
 static void setup_close(struct setup *s) {
@@ -94,9 +90,9 @@ static void a_step_that_is_not_finite_is_skipped(void **context) {
     setup_open(&s, "llama_gqa_tied", &recipe);
     target_pass(&s.target, true);
     int64_t n = hidden_count(&s.f);
-    float *sample = fetched_data(&s.memory, data_at(s.k, s.learner.x_q, 3 * n), n);
+    float *sample = fetched_data(&s.memory, samples_change(&s.learner.x_q, 3), n);
     sample[17] = INFINITY;
-    s.k->load(s.k, data_at(s.k, s.learner.x_q, 3 * n), sample, DTYPE_F32, n);
+    s.k->load(s.k, samples_change(&s.learner.x_q, 3), sample, DTYPE_F32, n);
     learner_start(&s.learner);
     learner_begin(&s.learner);
     for (int step = 0; step < 9; step++) learner_step(&s.learner, step, 9);
@@ -138,7 +134,7 @@ static void no_block_ends_worse_than_it_began(void **context) {
     }
     assert_true(low == 1e-2f && high > 10 && high <= 1e4f);
     assert_finite(parameter, s.learner.let.count);
-    assert_finite(fetched_data(&s.memory, s.learner.x_q, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
+    assert_finite(fetched_data(&s.memory, s.learner.x_q.all, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
     setup_close(&s);
   }
 }
@@ -150,7 +146,7 @@ static void a_stream_of_nan_is_rounded_to_nearest(void **context) {
   struct recipe recipe = small_recipe(2);
   setup_open(&s, "qwen2", &recipe);
   target_pass(&s.target, true);
-  s.k->load(s.k, s.learner.x_q, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
+  s.k->load(s.k, s.learner.x_q.all, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
   struct outcome outcome = run(&s);
   assert_int_equal(outcome.kept, KEPT_RTN);
   assert_int_equal(outcome.skipped, 3);
@@ -183,7 +179,7 @@ static void let_starts_by_its_formula(void **context) {
   data *y = poisoned_data(m, n);
   for (int i = 0; i < 5; i++) {
     int64_t rows;
-    block_forward(&s.block, BLOCK_FULL, y, data_at(s.k, s.target.x, i * n));
+    block_forward(&s.block, BLOCK_FULL, y, samples_read(&s.target.x, i));
     const float *x = fetched_data(m, block_input(&s.block, LINEAR_Q, &rows), n);
     assert_int_equal(rows, TOKENS);
     for (int64_t c = 0; c < H; c++) {
@@ -243,9 +239,9 @@ static void experts_compute_only_their_tokens(void **context) {
   learner_quantize(&s.learner, (struct learned){s.learner.lwc.factor, NULL}, true);
   s.k->state->observer = count_product;
   s.k->state->observer_context = &count;
-  block_forward(&s.block, BLOCK_QUANTIZED, s.learner.y, s.learner.x_q);
+  block_forward(&s.block, BLOCK_QUANTIZED, s.learner.y, samples_read(&s.learner.x_q, 0));
   double needed = 2.0 * 3 * TOKENS * model->experts_per_token * model->hidden * model->ffn, forward = count.experts;
-  learner_backward(&s.learner, s.learner.gradient, s.learner.y, s.learner.x_q);
+  learner_backward(&s.learner, s.learner.gradient, s.learner.y, samples_read(&s.learner.x_q, 0));
   s.k->state->observer = NULL;
   print_message("    routed computation over that of the chosen experts: forward %.3f, with backward %.3f\n", forward / needed,
                 count.experts / (3 * needed));

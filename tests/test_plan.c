@@ -23,15 +23,15 @@ static void learn_block(const struct fixture *f, struct kernels *k, const struct
   open_block(&block, f, k, true);
   block_load(&block, f->image[TRAINED]);
   if (let_statistics_init(&statistics, &f->model, k, &error)) fail_msg("%s", error.message);
-  struct target target = {
-      .world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics, .x = poisoned_data(&memory, count)};
+  struct target target = {.world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics};
   struct learner learner = {.recipe = recipe, .world = &world, .k = k, .block = &block, .shard = &shard, .target = &target};
   if (target_init(&target, &error) || learner_init(&learner, &error)) fail_msg("%s", error.message);
-  k->load(k, target.x, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED), DTYPE_F32, count);
-  k->copy(k, learner.x_q, target.x, (size_t)count * k->element_bytes);
+  if (samples_place(&target.x, &error) || learner_place(&learner, &error)) fail_msg("%s", error.message);
+  k->load(k, target.x.all, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED), DTYPE_F32, count);
+  samples_copy(&learner.x_q, &target.x);
   target_pass(&target, true);
   if (learner_run(&learner, 0, &outcome, &error)) fail_msg("%s", error.message);
-  k->fetch(k, out, learner.x_q, count);
+  k->fetch(k, out, learner.x_q.all, count);
   learner_free(&learner);
   target_free(&target);
   let_statistics_free(&statistics);
