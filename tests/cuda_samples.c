@@ -199,7 +199,7 @@ static void samples_go_where_there_is_room(void **context) {
 
 int main(void) {
   struct kernels *cpu, *cuda;
-  const struct CMUnitTest tests[] = {cmocka_unit_test(the_host_gives_what_the_device_gives),
+  const struct CMUnitTest tests[] = {cmocka_unit_test(the_host_gives_what_the_device_gives), cmocka_unit_test(copies_run_beside_the_work),
                                      cmocka_unit_test(samples_go_where_there_is_room)};
   open_backends(&cpu, &cuda); /* or skips */
   cuda->close(cuda);
