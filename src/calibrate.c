@@ -90,7 +90,7 @@ static int check_space(const struct run *run, struct error *error) {
 static int make_stores(struct run *run, struct error *error) {
   for (int i = 0; i < run->count && !error->code; i++) {
     struct job *job = &run->jobs[i];
-    if (!store_create(job->output, &job->info, &job->store, error)) writer_open(job->store, run->world, &job->writer, error);
+    if (!store_create(job->output, &job->info, &job->store, error)) writer_open(job->store, job->output, run->world, &job->writer, error);
   }
   return error->code || resume_find(run, error) ? error->code : check_space(run, error);
 }
@@ -172,7 +172,8 @@ static int open_job(struct run *run, struct job *job, struct error *error) {
   job->rank_seconds = calloc(2 * (size_t)run->team.size * PHASES, sizeof *job->rank_seconds);
   if (!job->rank_seconds)
     return error_set(error, ERROR_WORK, "rank %d: out of memory for times of %d ranks", run->world->rank, run->team.size);
-  return learner_init(&job->learner, error);
+  if (learner_init(&job->learner, error)) return error->code;
+  return run->team.rank == 0 ? record_room_init(&job->room, &job->learner, error) : 0;
 }
 
 static void open_streams(struct run *run) {
@@ -291,17 +292,18 @@ static void report(struct run *run, const struct job *job, int index, const stru
   progress_block(run->progress, position(run, job, index), text);
 }
 
-/* The block's file, on the team's first rank; with the times of all its ranks, therefore collective over the team. */
-static int pack_block(struct job *job, int index, struct error *error) {
-  struct block_record record = {0};
+/* What the block's file is made of, on the team's first rank; with the times of all its ranks, therefore collective over the team. Where it has to be
+ * sent to rank 0, the file. */
+static int pack_block(const struct run *run, struct job *job, int index, struct error *error) {
   bool first = job->learner.world->rank == 0;
   timing_enter(&job->timing, PHASE_STORE);
-  if (first) record_block(&record, &job->learner, index, &job->result.outcome, error);
+  if (first) record_block(&job->record, &job->room, &job->learner, index, &job->result.outcome, error);
   double seconds = timing_gather(&job->timing, job->rank_seconds);
-  if (first && !error->code && !record_timing(&record, job->rank_seconds, seconds, error))
-    block_image_make(&job->image, &record, &job->info, job->output, error);
+  if (first && !error->code) record_timing(&job->record, job->rank_seconds, seconds, error);
+  if (!first || run->world->rank == 0) return error->code;
+  if (!error->code) block_image_make(&job->image, &job->record, &job->info, job->output, error);
   job->result.bytes = job->image.length;
-  block_record_free(&record);
+  block_record_free(&job->record);
   return error->code;
 }
 
@@ -310,7 +312,7 @@ static int take_result(struct run *run, struct job *job, int index, struct error
   job->skipped_steps += job->result.outcome.skipped;
   job->untrained_experts += job->result.outcome.untrained_experts;
   report(run, job, index, &job->result.outcome);
-  return writer_submit(job->writer, &job->image, error);
+  return writer_submit(job->writer, &job->image, &job->record, error);
 }
 
 /* Another team's result comes to rank 0. */
@@ -336,7 +338,7 @@ static int calibrate_job(struct run *run, struct job *job, int index, struct err
   timing_go_on(&job->timing, &run->timing, PHASE_TARGET);
   learner_run(&job->learner, position(run, job, index), &job->result.outcome, error);
   if (world_agree(&run->team, error)) return error->code; /* a block that a stop left unfinished goes no further */
-  pack_block(job, index, error);
+  pack_block(run, job, index, error);
   if (run->world->rank == 0 && !error->code) take_result(run, job, index, error);
   world_agree(&run->team, error);
   timing_enter(&job->timing, PHASE_STORE); /* goes on with the next block */
@@ -507,13 +509,17 @@ static void run_free(struct run *run, struct error *error) {
   free(run->item);
   for (int i = 0; i < run->count; i++) {
     block_image_free(&run->jobs[i].image);
+    block_record_free(&run->jobs[i].record);
     free(run->jobs[i].rank_seconds);
   }
   device_close(run->world);
   device_close(&run->team);
   world_leave_team(&run->team);
   if (!run->k) return;
-  for (int i = 0; i < run->count; i++) learner_free(&run->jobs[i].learner);
+  for (int i = 0; i < run->count; i++) {
+    record_room_free(&run->jobs[i].room);
+    learner_free(&run->jobs[i].learner);
+  }
   target_free(&run->target);
   let_statistics_free(&run->statistics);
   block_free(&run->block);

@@ -2,6 +2,7 @@
  * stay in their range. LET's start by its formula. Experts: only the rows of their tokens are computed, and one without tokens is rounded. */
 #include "fixture.h"
 #include "learn.h"
+#include "record.h"
 
 /* A learner over `samples` samples, block TRAINED of a model loaded. */
 struct setup {
@@ -154,6 +155,46 @@ static void a_stream_of_nan_is_rounded_to_nearest(void **context) {
   setup_close(&s);
 }
 
+/* ---- records ---- */
+
+static void assert_same_linear(const struct quantized_linear *a, const struct quantized_linear *b) {
+  size_t rows = (size_t)a->out_features, groups = rows * (size_t)((a->in_features + a->group_size - 1) / a->group_size);
+  assert_string_equal(a->name, b->name);
+  assert_memory_equal(a->codes, b->codes, rows * (size_t)packed_row_bytes(a->in_features, a->bits));
+  assert_memory_equal(a->scale, b->scale, groups * sizeof *a->scale);
+  assert_memory_equal(a->zero_point, b->zero_point, groups);
+}
+
+/* Three rows at a time or all at once; in Falcon parts of one tensor. */
+static void codes_come_in_panels(void **context) {
+  (void)context;
+  static const char *const models[] = {"llama_mha", "falcon_40b"};
+  for (int i = 0; i < 4; i++) {
+    struct setup s;
+    struct error error = {0};
+    struct record_room room;
+    struct block_record whole, panels;
+    struct recipe recipe = small_recipe(2);
+    recipe.let = i % 2;
+    recipe.let_up = false;
+    recipe.wbits = 3;
+    setup_open(&s, models[i / 2], &recipe);
+    target_pass(&s.target, true);
+    struct outcome outcome = run(&s);
+    outcome.kept = KEPT_END; /* with factors, whatever was best */
+    if (record_room_init(&room, &s.learner, &error)) fail_msg("%s", error.message);
+    if (record_block(&whole, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    room.panel = 3 * s.f.model.hidden + 1;
+    if (record_block(&panels, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    assert_int_equal(whole.linears, panels.linears);
+    for (int l = 0; l < whole.linears; l++) assert_same_linear(&whole.linear[l], &panels.linear[l]);
+    block_record_free(&whole);
+    block_record_free(&panels);
+    record_room_free(&room);
+    setup_close(&s);
+  }
+}
+
 /* ---- LET's start ---- */
 
 /* Columns of a matrix on the host. */
@@ -281,9 +322,13 @@ static void an_expert_without_tokens_is_rounded_to_nearest(void **context) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(a_step_that_is_not_finite_is_skipped),  cmocka_unit_test(no_block_ends_worse_than_it_began),
-      cmocka_unit_test(a_stream_of_nan_is_rounded_to_nearest), cmocka_unit_test(let_starts_by_its_formula),
-      cmocka_unit_test(experts_compute_only_their_tokens),     cmocka_unit_test(an_expert_without_tokens_is_rounded_to_nearest),
+      cmocka_unit_test(a_step_that_is_not_finite_is_skipped),
+      cmocka_unit_test(no_block_ends_worse_than_it_began),
+      cmocka_unit_test(a_stream_of_nan_is_rounded_to_nearest),
+      cmocka_unit_test(codes_come_in_panels),
+      cmocka_unit_test(let_starts_by_its_formula),
+      cmocka_unit_test(experts_compute_only_their_tokens),
+      cmocka_unit_test(an_expert_without_tokens_is_rounded_to_nearest),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }
