@@ -114,8 +114,9 @@ static json_t *parts_json(const double parts[PLAN_PARTS], double sum) {
 static json_t *memory_json(const struct plan_memory *memory) {
   return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
                    memory->effective, "weight_gradient", memory->weight_gradient, "activations", memory->activations, "streams",
-                   memory->streams, "learnables", memory->learnables, "backend", memory->backend, "image", memory->image, "output",
-                   memory->output, "program", memory->program, "device", memory->device, "host", memory->host);
+                   memory->streams, "streams_on_host", memory->streams_on_host, "learnables", memory->learnables, "backend",
+                   memory->backend, "image", memory->image, "output", memory->output, "program", memory->program, "device", memory->device,
+                   "host", memory->host);
 }
 
 /* What bench/simulate.py needs of the work. */
