@@ -88,6 +88,27 @@ static void shapes_without_plans(void **context) {
   cudnn_close(cudnn);
 }
 
+/* Without a device nothing can be run: the shape falls to the own kernels. All that a run has to be given is looked at before. */
+static void what_cannot_be_run(void **context) {
+  (void)context;
+  struct cudnn *cudnn = open_described(a100, 80);
+  struct attention_shape shape = {128, 4, 2, 64, 0};
+  struct cudnn_attention *plans = cudnn_attention(cudnn, &shape);
+  static _Alignas(256) char memory[256];
+  data *x = (data *)(void *)memory;
+  for (int backward = 0; backward < 2; backward++) {
+    plans->good = true;
+    if (backward)
+      assert_false(cudnn_backward(cudnn, plans, x, x, x, x, x, (float *)(void *)memory, x, x, x, memory));
+    else
+      assert_false(cudnn_forward(cudnn, plans, x, (float *)(void *)memory, x, x, x, memory));
+    assert_false(plans->good);
+    print_message("    %s\n", plans->why);
+    assert_null(strstr(plans->why, "variant pack")); /* that something is missing, or not aligned */
+  }
+  cudnn_close(cudnn);
+}
+
 static void a_description_that_is_none(void **context) {
   (void)context;
   assert_null(cudnn_open_described("{}", 80));
@@ -95,10 +116,8 @@ static void a_description_that_is_none(void **context) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(models_on_an_a100),
-      cmocka_unit_test(models_on_an_h100),
-      cmocka_unit_test(shapes_without_plans),
-      cmocka_unit_test(a_description_that_is_none),
+      cmocka_unit_test(models_on_an_a100),  cmocka_unit_test(models_on_an_h100),          cmocka_unit_test(shapes_without_plans),
+      cmocka_unit_test(what_cannot_be_run), cmocka_unit_test(a_description_that_is_none),
   };
   /* Before cuDNN asks for the one of this name. */
   if (!dlopen(DRIVER, RTLD_NOW | RTLD_GLOBAL)) {

@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <math.h>
+#include <stdlib.h>
 
 #include <memory>
 #include <stdexcept>
@@ -150,8 +151,12 @@ template <class Calls> bool done(struct cudnn_attention &attention, Calls calls)
 
 /* The library that the front end calls from here on, once for all. */
 bool load(void) {
-  const std::string name = "libcudnn.so." + std::to_string(CUDNN_MAJOR);
-  if (!fe::cudnn_dlhandle) fe::cudnn_dlhandle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!fe::cudnn_dlhandle) {
+    const std::string name = "libcudnn.so." + std::to_string(CUDNN_MAJOR),
+                      runtime = "libcudart.so." + std::to_string(CUDART_VERSION / 1000);
+    setenv("CUDNN_FRONTEND_CUDART_LIB_NAME", runtime.c_str(), 0); /* this program's own; else the front end takes any that lies about */
+    fe::cudnn_dlhandle = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  }
   return fe::cudnn_dlhandle && fe::detail::get_backend_version() >= CUDNN_VERSION;
 }
 
