@@ -58,7 +58,7 @@ fe::graph::Tensor_attributes logsum_of(int64_t heads, const struct attention_sha
       .set_uid(LOGSUM)
       .set_dim({1, heads, T, 1})
       .set_stride({heads * T, T, 1, 1})
-      .set_alignment(sizeof(float)) /* a piece of the heads begins anywhere */
+      .set_alignment(sizeof(float)) /* of which a caller may have it anywhere */
       .set_data_type(fe::DataType_t::FLOAT);
 }
 
@@ -209,6 +209,8 @@ extern "C" struct cudnn_attention *cudnn_attention(struct cudnn *cudnn, const st
   struct plans &p = *cudnn->plans.back();
   p.shape = *shape, p.good = true;
   done(p, [&] {
+    /* The front end lays a float a query and head before the scratch memory that it hands to cuDNN, and does not look where that begins then. */
+    if (shape->tokens % 8) throw std::runtime_error("tokens are no multiple of 8");
     p.forward = forward_graph(*cudnn, *shape);
     build(*cudnn, *p.forward, &p.forward_bytes);
     build_backward(*cudnn, p);
