@@ -99,12 +99,14 @@ struct cross_entropy {
 };
 
 struct kernels {
-  const char *name;      /* "cpu", "cuda" */
-  const char *level;     /* what of the device is used, for the log: "x86-64-v4", "NVIDIA H100" */
-  int threads;           /* host threads that operations may use */
-  size_t element_bytes;  /* of one element of data */
-  struct backend *state; /* the backend's own */
-  bool bf16_products;    /* set at will: linear layers may round their inputs to bf16 (sums stay fp32) where the device is faster so */
+  const char *name;          /* "cpu", "cuda" */
+  const char *level;         /* what of the device is used, for the log: "x86-64-v4", "NVIDIA H100" */
+  int threads;               /* host threads that operations may use */
+  size_t element_bytes;      /* of one element of data */
+  struct backend *state;     /* the backend's own */
+  bool bf16_products;        /* set at will: linear layers may round their inputs to bf16 (sums stay fp32) where the device is faster so */
+  bool own_attention;        /* set at will: attention by the backend's own kernels, also where a library would do it */
+  int64_t library_attention; /* how many calls of attention a library did */
 
   void (*close)(struct kernels *k);
 

@@ -89,6 +89,9 @@ static void cuda_close(struct kernels *k) {
 #ifndef OMNIQUANT_EMULATED
   cublas_close(k);
 #endif
+#ifdef OMNIQUANT_CUDNN
+  cudnn_close(cuda->cudnn);
+#endif
   if (cuda->scratch) cudaFree(cuda->scratch);
   if (cuda->stream) cudaStreamDestroy(cuda_stream(k));
   free(cuda);
@@ -116,6 +119,12 @@ static int open_device(struct kernels *k, int device, struct error *error) {
   snprintf(cuda->level, sizeof cuda->level, "%.70s", properties.name);
 #ifndef OMNIQUANT_EMULATED
   if (!cublas_open(k, error)) return error->code;
+#endif
+#ifdef OMNIQUANT_CUDNN
+  cuda->cudnn = cudnn_open(stream, 10 * properties.major + properties.minor);
+  size_t length = strlen(cuda->level);
+  if (cuda->cudnn)
+    snprintf(cuda->level + length, sizeof cuda->level - length, ", cuDNN %d.%d", cudnn_version() / 10000, cudnn_version() / 100 % 100);
 #endif
   return 0;
 }

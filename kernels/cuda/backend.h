@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+struct cudnn;
+
 #ifndef CUDA_OPEN /* tests hold a second copy, under another name */
 #define CUDA_OPEN cuda_open
 #endif
@@ -24,15 +26,16 @@ struct cuda_profile {
 };
 
 struct backend {
-  int device;     /* number among the visible ones */
-  void *stream;   /* cudaStream_t: everything runs on this one */
-  void *products; /* cuBLASLt's objects (cublas.h) */
-  char *scratch;  /* grown by cuda_scratch, kept */
+  int device;          /* number among the visible ones */
+  void *stream;        /* cudaStream_t: everything runs on this one */
+  void *products;      /* cuBLASLt's objects (cublas.h) */
+  struct cudnn *cudnn; /* attention's plans (cudnn.h); NULL: by own kernels */
+  char *scratch;       /* grown by cuda_scratch, kept */
   size_t scratch_bytes;
   bool recording, outgrown;     /* a graph is being recorded, and whether it needs more scratch memory than there is */
   struct error failure;         /* first failure, reported by synchronize */
   struct cuda_profile *profile; /* NULL but in benchmarks: each operation is timed, and waited for */
-  char level[80];               /* the device's name */
+  char level[100];              /* the device's name, and cuDNN's version */
 };
 
 /* Bytes of the device's memory that are taken, by whomever. */

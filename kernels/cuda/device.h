@@ -20,6 +20,9 @@
 
 extern "C" {
 #include "cuda/backend.h"
+#ifdef OMNIQUANT_CUDNN
+#include "cuda/cudnn.h"
+#endif
 }
 
 #define DEVICE __device__ __forceinline__
