@@ -37,7 +37,7 @@ run_tests() {
 }
 
 folder=build-test
-options=(-DOMNIQUANT_WERROR=ON -DOMNIQUANT_CUDA=AUTO)
+options=(-DOMNIQUANT_WERROR=ON)
 case ${1:-} in
 '') ;;
 --sanitize) folder=build-asan options=(-DOMNIQUANT_SANITIZE=ON -DOMNIQUANT_BENCH=OFF) ;;
