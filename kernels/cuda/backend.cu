@@ -87,9 +87,7 @@ static void fill_table(struct kernels *k) {
 
 static void cuda_close(struct kernels *k) {
   struct backend *cuda = k->state;
-#ifndef OMNIQUANT_EMULATED
   cublas_close(k);
-#endif
   if (cuda->scratch) cudaFree(cuda->scratch);
   if (cuda->stream) cudaStreamDestroy(cuda_stream(k));
   free(cuda);
@@ -123,10 +121,7 @@ static int open_device(struct kernels *k, int device, struct error *error) {
     return error_set(error, ERROR_WORK, "--backend cuda: device %d cannot be used: %s", device, cudaGetErrorString(code));
   cuda->stream = stream;
   snprintf(cuda->level, sizeof cuda->level, "%.70s", properties.name);
-#ifndef OMNIQUANT_EMULATED
-  if (!cublas_open(k, error)) return error->code;
-#endif
-  return 0;
+  return cublas_open(k, error) ? 0 : error->code;
 }
 
 #ifndef OMNIQUANT_EMULATED
