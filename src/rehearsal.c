@@ -31,8 +31,8 @@ static int pack(struct rank *rank, struct error *error) {
     uint8_t *codes = k->allocate(k, bytes), *zero_point = k->allocate(k, groups);
     uint16_t *scale = k->allocate(k, groups * sizeof *scale);
     if (codes && zero_point && scale)
-      k->quantize_codes(k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), NULL, NULL, NULL,
-                        shape);
+      k->quantize_codes(k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), NULL, NULL,
+                        NULL, shape);
     else
       error_set(error, ERROR_WORK, "out of memory on %s for codes", k->name);
     k->release(k, codes);

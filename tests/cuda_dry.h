@@ -13,7 +13,9 @@ struct dry_device {
   size_t paged_taken; /* the same in pages of 2 MiB, */
   size_t paged_peak;  /* which is the most that a card takes for it */
   unsigned long launches, products;
-  char failure[256]; /* the first thing that is beyond the device, or wrong; "": nothing */
+  unsigned long empty;     /* launches of no block */
+  unsigned long unaligned; /* operations that could have moved 16 bytes at a time, but for where their memory lies */
+  char failure[256];       /* the first thing that is beyond the device, or wrong; "": nothing */
 };
 
 /* From now on this one is the emulated device, until it is another; NULL: the one that computes. No memory may be left when it changes. The caller sets

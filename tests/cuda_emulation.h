@@ -84,6 +84,15 @@ template <class T> void check_argument(T *memory) {
   if (memory) check_range("a kernel's argument", memory, sizeof(T));
 }
 
+inline bool note_alignment(bool aligned) {
+  if (dry && !aligned) dry->unaligned++;
+  return aligned;
+}
+
+inline void note_empty() {
+  if (dry) dry->empty++;
+}
+
 enum : size_t { PAGE_BYTES = 2 << 20, DRY_ROOM = (size_t)1 << 42 };
 inline char *dry_room, *dry_next; /* addresses that nobody may touch */
 

@@ -78,6 +78,9 @@ template <class... P, class... A>
 static void launch(struct kernels *k, const struct launch_grid &grid, int threads, size_t shared_bytes, void (*kernel)(P...),
                    A... arguments) {
   const uint64_t MOST_X = 2147483647, MOST_Y = 65535;
+#ifdef OMNIQUANT_EMULATED
+  if (grid.x == 0 || grid.y == 0) emulation::note_empty();
+#endif
   if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
   if ((uint64_t)grid.x > MOST_X || (uint64_t)grid.y > MOST_Y) {
     error_set(&k->state->failure, ERROR_WORK, "CUDA: a launch of %lld x %lld blocks, more than a device takes", (long long)grid.x,
@@ -227,7 +230,11 @@ static bool aligned() {
   return true;
 }
 template <class T, class... Rest> static bool aligned(T *first, Rest... rest) {
+#ifdef OMNIQUANT_EMULATED
+  return emulation::note_alignment((uintptr_t)first % 16 == 0) && aligned(rest...);
+#else
   return (uintptr_t)first % 16 == 0 && aligned(rest...);
+#endif
 }
 
 /* ---- each element by itself ---- */
