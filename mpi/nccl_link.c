@@ -64,8 +64,9 @@ static int nccl_open(struct world *world, struct kernels *k, void **opened, stru
   world_broadcast(world, &id, sizeof id);
   code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
   if (code != ncclSuccess)
-    return error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); NCCL_DEBUG=INFO tells more", world->rank,
-                     ncclGetErrorString(code), ncclGetLastError(NULL));
+    return error_set(error, ERROR_WORK,
+                     "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
+                     world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
   if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
     return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
   nccl->started = true;

@@ -2,6 +2,9 @@
 #include "cuda/backend.cu"
 
 extern "C" void emulation_use(struct dry_device *device) {
-  if (!emulation::allocations.empty()) abort();
+  if (!emulation::allocations.empty()) {
+    fprintf(stderr, "emulation: memory of the device before is left\n");
+    abort();
+  }
   emulation::dry = device;
 }
