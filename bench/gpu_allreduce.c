@@ -74,7 +74,7 @@ static int connect(struct setup *s, struct error *error) {
 }
 
 static int run_all(struct setup *s, char **sizes, int count, struct error *error) {
-  s->k = kernels_open("cuda", 1, s->world.local_rank, error);
+  s->k = cuda_open(s->world.local_rank, error);
   if (count < 1 || s->world.size < 2) error_set(error, ERROR_INPUT, "counts of floats are expected, and at least two ranks");
   if (world_agree(&s->world, error)) return error->code;
   device_open(&s->world, s->k, error);

@@ -54,7 +54,7 @@ for repeat in $(seq "$4"); do
   for ranks in $3; do
     rm -rf "$work/$ranks-$repeat"
     hosts_mpirun "$ranks" "${sends[@]}" "$build/omniquant" calibrate --model "$work/model" --tokens "$work/tokens.h5" \
-      --output "$work/$ranks-$repeat" $flags --threads 1 </dev/null >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+      --output "$work/$ranks-$repeat" $flags --backend cpu --threads 1 </dev/null >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
   done
 done
 """
@@ -89,7 +89,7 @@ def file_rates(work, count):
 
 def side_by_side(work, build, count):
     """Mean seconds of runs of one rank each that go on at once."""
-    program, flags = build / "omniquant", [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS, "--threads", 1]
+    program, flags = build / "omniquant", [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS, "--backend", "cpu", "--threads", 1]
     command = [program, "calibrate", "--model", work / "model", "--tokens", work / "tokens.h5", *flags]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         outputs = [f"{folder}/{i}" for i in range(count)]

@@ -1,4 +1,4 @@
-/* backend.h: the CUDA backend's state, and what benchmarks read of it. Plain C: bench/gpu_step.c and mpi/nccl.c include it. */
+/* backend.h: the CUDA backend's state, and what benchmarks read of it. Plain C: bench/gpu_step.c and mpi/nccl_link.c include it. */
 #ifndef OMNIQUANT_CUDA_BACKEND_H
 #define OMNIQUANT_CUDA_BACKEND_H
 
@@ -43,5 +43,8 @@ size_t cuda_memory_taken(struct kernels *k);
 
 /* Opens the backend on one of the visible devices. Errors: ERROR_WORK without a device, or when it fails. NULL on failure. */
 struct kernels *CUDA_OPEN(int device, struct error *error);
+
+/* Whether CUDA_OPEN's device is there and new enough, as kernels_usable says it. */
+bool cuda_usable(int device, struct error *reason);
 
 #endif
