@@ -654,7 +654,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
   const uint16_t *bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? d->bias : NULL;
   if (d->epilogue == CUBLASLT_EPILOGUE_BIAS) emulation::check_range("the bias", bias, sizes.m * sizeof *bias);
   if (emulation::dry) {
-    emulation::dry->products++;
+    emulation::issue([] { emulation::dry->products++; });
     return CUBLAS_STATUS_SUCCESS;
   }
   const cublasLtMatrixLayout left_layout = *a_layout, right_layout = *b_layout;
