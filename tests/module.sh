@@ -51,6 +51,8 @@ check "no library: the mend" ends "into LD_LIBRARY_PATH, or use --backend cpu" "
 check "no library: without a device nobody looks" on_cpus "$alone"
 cp "$(ldd "$program" | awk '/libjansson/ { print $3 }')" "$work/bin/$library"
 check "another library: named" ends "$work/bin/$library cannot be loaded: undefined symbol: omniquant_module" "$alone" --backend cuda
+cp "$built/tests/other_module.so" "$work/bin/$library"
+check "of another version: refused" ends "$work/bin/$library belongs to another build of omniquant; " "$alone" --backend cuda
 
 if [ -e "$built/$library" ]; then
   check "beside the program: loaded" ends "--backend cuda: no device: " "$program" --backend cuda
