@@ -45,7 +45,7 @@ step() {
 
 # brief FILE...: what of a result fits on a line.
 brief() {
-  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|mode)": [^,]*' "$1" | paste -sd' ' | grep . ||
+  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode)": [^,]*' "$1" | paste -sd' ' | grep . ||
     cat "$@" 2>/dev/null | grep -v '^$' | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120
 }
 
@@ -61,6 +61,7 @@ gpu_step() { step "$1" "$2" "$bundle/bin/gpu_step" --config "bench/shapes/$3.jso
 
 bench() {
   gpu_step step-7b-batch-1 90 llama-2-7b
+  gpu_step step-7b-own-attention 90 llama-2-7b --own-attention
   gpu_step step-7b-batch-8 120 llama-2-7b --batch 8 --steps 10
   gpu_step step-7b-let-w4a4 90 llama-2-7b --let --bits 4 --group 0 --abits 4
   gpu_step step-135m 60 smollm2-135m --tokens 512 --group 64 --steps 50
@@ -83,7 +84,7 @@ sanitizer() {
     return
   }
   for tool in memcheck racecheck synccheck initcheck; do
-    step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bundle/bin/test_cuda_kernels"
+    step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bundle/bin/test_cuda_kernels" --own-attention
   done
 }
 

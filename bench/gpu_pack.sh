@@ -17,7 +17,7 @@ case ${1:-} in
 -*) usage >&2 && exit 2 ;;
 esac
 archive=${1:-build-gpu/gpu.tar.xz}
-programs=(omniquant bench/gpu_step tests/test_helper tests/test_cuda_kernels tests/test_cuda_block tests/test_cuda_allreduce)
+programs=(omniquant omniquant_cuda.so bench/gpu_step tests/test_helper tests/test_cuda_kernels tests/test_cuda_block tests/test_cuda_allreduce)
 
 # libraries_of FILE...: the shared libraries that they load, one path a line, without the C library's and CUDA's.
 libraries_of() {
@@ -51,7 +51,7 @@ pack_mpi() {
 write_environment() {
   cat <<'END'
 b=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-gpu=$(find /usr/local/cuda*/ /opt /usr/lib -maxdepth 9 \( -name 'libcublasLt.so.1*' -o -name 'libnccl.so.2' \) -printf '%h\n' 2>/dev/null | sort -u | paste -sd:)
+gpu=$(find /usr/local/cuda*/ /opt /usr/lib -maxdepth 9 \( -name 'libcublasLt.so.1*' -o -name 'libcudnn.so.9' -o -name 'libnccl.so.2' \) -printf '%h\n' 2>/dev/null | sort -u | paste -sd:)
 export PATH=$b/bin:$PATH LD_LIBRARY_PATH=$b/lib:$gpu:${LD_LIBRARY_PATH:-}
 export OPAL_PREFIX=$b/openmpi OPAL_LIBDIR=$b/openmpi/lib OPAL_PKGLIBDIR=$b/openmpi/lib/openmpi OPAL_BINDIR=$b/bin
 export OPAL_DATADIR=$b/openmpi/share OPAL_PKGDATADIR=$b/openmpi/share/openmpi
@@ -61,7 +61,13 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 END
 }
 
-build build-gpu -DOMNIQUANT_CUDA=ON -DOMNIQUANT_WERROR=ON
+options=(-DOMNIQUANT_CUDA=ON -DOMNIQUANT_WERROR=ON)
+if get_cudnn_frontend build-cudnn-frontend; then
+  options+=("-DCUDNN_FRONTEND_INCLUDE_DIR=$PWD/build-cudnn-frontend/include")
+else
+  say "cuDNN's front end is not to be had: attention by own kernels"
+fi
+build build-gpu "${options[@]}"
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 put "$folder/bin" "${programs[@]/#/build-gpu/}"

@@ -14,7 +14,7 @@
 struct arguments {
   const char *config;
   int tokens, bits, abits, group, batch, steps;
-  bool let;
+  bool let, own_attention;
 };
 
 static const struct argp_option options[] = {
@@ -26,6 +26,7 @@ static const struct argp_option options[] = {
     {"group", 'g', "N", 0, "group size, 0 for a row (128)", 0},
     {"batch", 'B', "N", 0, "samples a step (1)", 0},
     {"steps", 's', "N", 0, "timed steps (20)", 0},
+    {"own-attention", 'o', NULL, 0, "attention by the backend's own kernels, not by cuDNN", 0},
     {0},
 };
 
@@ -33,6 +34,7 @@ static error_t parse(int key, char *text, struct argp_state *state) {
   struct arguments *a = state->input;
   int *fields[128] = {['T'] = &a->tokens, ['b'] = &a->bits, ['a'] = &a->abits, ['g'] = &a->group, ['B'] = &a->batch, ['s'] = &a->steps};
   if (key == 'l') return a->let = true, 0;
+  if (key == 'o') return a->own_attention = true, 0;
   if (key == 'c') return a->config = text, 0;
   if (key == ARGP_KEY_END && !a->config) argp_error(state, "--config FILE is missing");
   if (key <= 0 || key >= 128 || !fields[key]) return ARGP_ERR_UNKNOWN;
@@ -132,6 +134,7 @@ static int setup_open(struct setup *s, struct error *error) {
   if (!read_text(a->config, config, sizeof config, error) || model_parse(&s->model, config, a->config, error)) return error->code;
   set_recipe(s);
   s->k = CUDA_OPEN(0, error);
+  if (s->k) s->k->own_attention = a->own_attention;
   if (!s->k || rank_open_block(&s->rank, &s->model, &s->recipe, s->k, error) || rank_open_learner(&s->rank, &s->recipe, 1, error) ||
       rank_fill(&s->rank, error))
     return error->code;
@@ -165,7 +168,9 @@ static int run(struct setup *s, struct error *error) {
   double seconds = time_steps(s, error), products = 0, flops = 0;
   size_t taken = cuda_memory_taken(s->k);
   s->k->state->profile = &profile;
+  int64_t library_attention = -s->k->library_attention;
   learner_step(&s->rank.learner, a->steps + 3, a->steps + 4);
+  library_attention += s->k->library_attention;
   s->k->state->profile = NULL;
   struct step_state state;
   s->k->download(s->k, &state, s->rank.learner.state, sizeof state);
@@ -177,18 +182,19 @@ static int run(struct setup *s, struct error *error) {
   }
   printf("{\"config\": \"%s\", \"device\": \"%s\", \"tokens\": %d, \"batch\": %d, \"wbits\": %d, \"group\": %d, \"abits\": %d, \"let\": "
          "%s, \"step_ms\": %.3f, "
-         "\"sample_ms\": %.3f, \"products_ms\": %.3f, \"tflop\": %.3f, \"memory_gb\": %.2f, \"skipped\": %d, \"copy_gb_s\": %.0f, "
+         "\"sample_ms\": %.3f, \"products_ms\": %.3f, \"tflop\": %.3f, \"memory_gb\": %.2f, \"attention_by_cudnn\": %lld, \"skipped\": %d, "
+         "\"copy_gb_s\": %.0f, "
          "\"product_tflop_s\": %.0f",
          a->config, s->k->level, a->tokens, a->batch, a->bits, a->group, a->abits, a->let ? "true" : "false", 1e3 * seconds,
-         1e3 * seconds / a->batch, 1e3 * products, flops / 1e12, (double)taken / 1e9, state.skipped, limits.bandwidth / 1e9,
-         limits.flops / 1e12);
+         1e3 * seconds / a->batch, 1e3 * products, flops / 1e12, (double)taken / 1e9, (long long)library_attention, state.skipped,
+         limits.bandwidth / 1e9, limits.flops / 1e12);
   print_timings(&profile, &limits);
   printf("}\n");
   return 0;
 }
 
 int main(int argc, char **argv) {
-  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, false}};
+  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, false, false}};
   struct error error = {0};
   const struct argp argp = {options, parse, NULL, "Times a training step of a block on a GPU, and each of its operations.",
                             NULL,    NULL,  NULL};

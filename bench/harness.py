@@ -80,10 +80,11 @@ class Bench:
         return ["mpirun", "--bind-to", "none", "--oversubscribe", "-np", ranks, *command]
 
     def calibrate(self, ranks, flags, output=None, read_seconds=0):
-        """One run with one thread a rank; without `output` its store is dropped. `read_seconds`: what reading a block takes longer."""
+        """One run on the CPU with one thread a rank; without `output` its store is dropped. `read_seconds`: what reading a block takes longer."""
         self.need_model()
         store = output or self.folder / "store"
-        command = [self.omniquant, "calibrate", "--model", self.model, "--tokens", self.tokens, "--output", store, "--threads", 1, *flags]
+        command = [self.omniquant, "calibrate", "--model", self.model, "--tokens", self.tokens, "--output", store, "--backend", "cpu", "--threads", 1,
+                   *flags]  # fmt: skip
         said, log = self.run(self.mpirun(ranks, command), {"OMNIQUANT_TEST_READ_SECONDS": str(read_seconds)})
         told = re.search(r".*: (\d+) blocks, .* a weight, ([0-9.]+) s, peak memory (\d+) MiB a rank", said)
         if not told:

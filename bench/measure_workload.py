@@ -67,7 +67,7 @@ class Measurement:
         o = self.options
         with tempfile.TemporaryDirectory() as folder:
             run([o.program, "calibrate", "--model", o.model, "--tokens", o.tokens, "--output", f"{folder}/out", *self.flags, "--samples", samples,
-                 "--batch", batch, "--epochs", epochs, "--threads", 1])  # fmt: skip
+                 "--batch", batch, "--epochs", epochs, "--backend", "cpu", "--threads", 1])  # fmt: skip
             found = inspect(o.program, f"{folder}/out")
             self.output_bytes = sum(path.stat().st_size for path in Path(folder).glob("out/blocks/*.h5")) / found["blocks_stored"]
         passes = sum(block["kept"] != "end" for block in found["blocks"]) if epochs else 0

@@ -18,6 +18,8 @@
 #include "error.h"
 #include "quantizer.h"
 
+struct device_link; /* mpi/device.h */
+
 typedef struct data data; /* never defined: elements of the backend's type */
 
 /* The grid of clip_search: factors 1, 1 - stride, ... for each end of a group's range. */
@@ -99,12 +101,15 @@ struct cross_entropy {
 };
 
 struct kernels {
-  const char *name;      /* "cpu", "cuda" */
-  const char *level;     /* what of the device is used, for the log: "x86-64-v4", "NVIDIA H100" */
-  int threads;           /* host threads that operations may use */
-  size_t element_bytes;  /* of one element of data */
-  struct backend *state; /* the backend's own */
-  bool bf16_products;    /* set at will: linear layers may round their inputs to bf16 (sums stay fp32) where the device is faster so */
+  const char *name;               /* "cpu", "cuda" */
+  const char *level;              /* what of the device is used, for the log: "x86-64-v4", "NVIDIA H100" */
+  int threads;                    /* host threads that operations may use */
+  size_t element_bytes;           /* of one element of data */
+  struct backend *state;          /* the backend's own */
+  const struct device_link *link; /* carries sums between the devices of ranks; NULL: they go through the host */
+  bool bf16_products;        /* set at will: linear layers may round their inputs to bf16 (sums stay fp32) where the device is faster so */
+  bool own_attention;        /* set at will: attention by the backend's own kernels, also where a library would do it */
+  int64_t library_attention; /* how many calls of attention a library did */
 
   void (*close)(struct kernels *k);
 
@@ -297,14 +302,20 @@ struct kernels {
                               int64_t rows, int64_t first, int64_t columns);
 };
 
-/* Opens a backend. Errors: ERROR_INPUT for a name that is not built in, ERROR_WORK when the device fails. NULL on failure. */
+/* Opens a backend. Errors: ERROR_INPUT for a name that is not built in, ERROR_WORK when the device fails, or what drives it cannot be loaded. NULL on
+ * failure. */
 struct kernels *kernels_open(const char *name, /* "cpu", "cuda" */
                              int threads,      /* host threads, at least 1 */
                              int device,       /* this rank's number on its node: its devices are taken in turn. The CPU has one */
                              struct error *error);
 
-/* Whether a backend of that name is built in. */
+/* Whether a backend of that name is built in: of CUDA's, whether its library is there (module.h). */
 bool kernels_built_in(const char *name);
+
+/* Whether it can compute here, on the device that kernels_open would take. Where nothing of a device is there, nothing is loaded to find that out. */
+bool kernels_usable(
+    const char *name, int device,
+    struct error *reason); /* set where there is a device, and what keeps it from being used; the caller may go on without */
 
 /* Element `offset` of a tensor. */
 static inline data *data_at(const struct kernels *k, const data *tensor, int64_t offset) {

@@ -147,6 +147,18 @@ static int trace_synchronize(struct kernels *k, struct error *error) {
   return k->state->behind ? k->state->behind->synchronize(k->state->behind, error) : 0;
 }
 
+/* Each operation is noted by itself: nothing is recorded. */
+static void trace_repeat(struct kernels *k, void **recording, void (*work)(void *context), void *context) {
+  (void)k;
+  (void)recording;
+  work(context);
+}
+
+static void trace_forget(struct kernels *k, void *recording) {
+  (void)k;
+  (void)recording;
+}
+
 static void trace_close(struct kernels *k) {
   free(k->state);
   free(k);
@@ -357,6 +369,7 @@ struct kernels *trace_open(struct kernels *behind, size_t element_bytes, struct 
     free(state);
     return NULL;
   }
+  bool repeats = behind ? behind->repeat != NULL : element_bytes < sizeof(float); /* as devices do, whose elements are bf16 */
   *trace = (struct trace){0};
   *state = (struct backend){.behind = behind, .trace = trace, .next = NOWHERE};
   *k = (struct kernels){.name = behind ? behind->name : "trace",
@@ -368,6 +381,8 @@ struct kernels *trace_open(struct kernels *behind, size_t element_bytes, struct 
                         .allocate = trace_allocate,
                         .release = trace_release,
                         .owns = behind && behind->owns ? trace_owns : NULL,
+                        .repeat = repeats ? trace_repeat : NULL,
+                        .forget = repeats ? trace_forget : NULL,
                         .synchronize = trace_synchronize,
                         .download = trace_download,
                         .linear_forward = trace_linear_forward,

@@ -1,38 +1,59 @@
-/* device.c: what carries sums of device memory over the ranks, and blocks: NCCL, or copies through the host. */
+/* device.c: which backend all ranks take, and what carries sums of device memory and blocks over them: the backend's own link, or copies through the host. */
 #include "device.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
-#ifdef OMNIQUANT_NCCL
-#include "nccl_link.h"
 #include "tree.h"
-#endif
 
 struct device {
   struct kernels *k;
-  struct nccl *nccl; /* NULL: through the host */
-  struct stream_link link;
+  void *link; /* of k->link; NULL: through the host */
+  struct stream_link blocks;
   float *host; /* grown as needed; twice what is summed */
   size_t host_count;
 };
+
+/* ---- the choice ---- */
+
+const char *device_choose(struct world *world, const char *asked, struct error *error) {
+  struct error reason = {0};
+  if (strcmp(asked, "auto") != 0) return asked;
+  bool usable = kernels_usable("cuda", world->local_rank, &reason);
+  int with = (int)world_sum(world, usable);
+  if (with == 0) {
+    if (reason.code && world->rank == 0) fprintf(stderr, "GPUs are not used: %s\n", reason.message);
+    return "cpu";
+  }
+  if (with == world->size) return "cuda";
+  if (!usable) {
+    char host[256] = "";
+    gethostname(host, sizeof host - 1);
+    error_set(error, ERROR_INPUT,
+              "rank %d on host %s has no GPU that it can use, while %d of %d ranks have one: %.600s; start every rank where there is one, "
+              "or choose "
+              "--backend cpu",
+              world->rank, host, with, world->size, reason.code ? reason.message : "none is visible");
+  }
+  world_agree(world, error);
+  return NULL;
+}
+
+/* ---- a world's device ---- */
 
 int device_open(struct world *world, struct kernels *k, struct error *error) {
   if (world->size == 1 || !k->owns) return 0;
   world->device = calloc(1, sizeof *world->device);
   if (!world->device) return error_set(error, ERROR_WORK, "rank %d: out of memory for sums over ranks", world->rank);
   world->device->k = k;
-#ifdef OMNIQUANT_NCCL
-  if (strcmp(k->name, "cuda") == 0) return nccl_open(world, k, &world->device->nccl, error);
-#endif
-  return 0;
+  return k->link ? k->link->open(world, k, &world->device->link, error) : 0;
 }
 
 void device_close(struct world *world) {
   if (!world->device) return;
-#ifdef OMNIQUANT_NCCL
-  nccl_close(world->device->nccl);
-#endif
+  if (world->device->link) world->device->k->link->close(world->device->link);
   free(world->device->host);
   free(world->device);
   world->device = NULL;
@@ -42,22 +63,16 @@ bool device_owns(const struct device *device, const void *memory) {
   return device && device->k->owns(device->k, memory);
 }
 
-#ifdef OMNIQUANT_NCCL
 static void broadcast(void *context, struct lane *lane, void *bytes, size_t count) {
-  nccl_broadcast(context, lane, bytes, count);
+  const struct device *device = context;
+  device->k->link->broadcast(device->link, lane, bytes, count);
 }
-#endif
 
 const struct stream_link *device_link(const struct world *world) {
-#ifdef OMNIQUANT_NCCL
   struct device *device = world->device;
-  if (!device || !device->nccl) return NULL;
-  device->link = (struct stream_link){device->nccl, broadcast};
-  return &device->link;
-#else
-  (void)world;
-  return NULL;
-#endif
+  if (!device || !device->link) return NULL;
+  device->blocks = (struct stream_link){device, broadcast};
+  return &device->blocks;
 }
 
 /* ---- through the host ---- */
@@ -98,9 +113,9 @@ static void largest_through_host(struct world *world, float *values, size_t coun
 
 /* ---- sums ---- */
 
-#ifdef OMNIQUANT_NCCL
 static void exchange(void *context, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
-  nccl_exchange(((struct device *)context)->nccl, mine, mine_count, theirs, theirs_count, partner);
+  const struct device *device = context;
+  device->k->link->exchange(device->link, mine, mine_count, theirs, theirs_count, partner);
 }
 
 static void add(void *context, float *values, const float *other, size_t count) {
@@ -110,25 +125,15 @@ static void add(void *context, float *values, const float *other, size_t count) 
 
 void device_allreduce(struct world *world, float *values, size_t count, float *scratch) {
   struct tree_link link = {world->device, exchange, add};
-  if (world->device->nccl)
+  if (world->device->link)
     tree_sum(&link, world->rank, world->size, values, count, scratch);
   else
     allreduce_through_host(world, values, count);
 }
 
 void device_largest(struct world *world, float *values, size_t count) {
-  if (world->device->nccl)
-    nccl_largest(world->device->nccl, values, count);
+  if (world->device->link)
+    world->device->k->link->largest(world->device->link, values, count);
   else
     largest_through_host(world, values, count);
 }
-#else
-void device_allreduce(struct world *world, float *values, size_t count, float *scratch) {
-  (void)scratch;
-  allreduce_through_host(world, values, count);
-}
-
-void device_largest(struct world *world, float *values, size_t count) {
-  largest_through_host(world, values, count);
-}
-#endif

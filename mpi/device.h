@@ -1,11 +1,28 @@
 /* device.h: sums over ranks of what lies in a device's memory. Once a world has its device, world_allreduce and world_largest take pointers of
- * either kind of memory, and callers need not know which. Over NCCL where the program is built with it; else through the host's memory. */
+ * either kind of memory, and callers need not know which. They go over what the backend brings (device_link), or through the host's memory. */
 #ifndef OMNIQUANT_DEVICE_H
 #define OMNIQUANT_DEVICE_H
 
 #include "kernels.h"
 #include "stream.h"
 #include "world.h"
+
+/* What carries values between the devices of ranks: NCCL (nccl_link.h). A failure in the middle of a sum ends all ranks. */
+struct device_link {
+  /* Collective. Errors: ERROR_WORK, this rank's own; what *state has then is to be closed, too. */
+  int (*open)(struct world *world, struct kernels *k, void **state, struct error *error);
+  void (*close)(void *state /* NULL is allowed */);
+  /* As tree_link has it. */
+  void (*exchange)(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner);
+  void (*largest)(void *state, float *values, size_t count); /* over all ranks, in place */
+  /* As stream_link has it. */
+  void (*broadcast)(void *state, struct lane *lane, void *bytes, size_t count);
+};
+
+/* The backend that all ranks compute with: the one asked for, or of "auto" CUDA's where every rank has a device that it can use, and the CPU's where
+ * none has, with a line of rank 0 if that has one all the same. Collective; a world of one rank needs no MPI. Errors, of all ranks: ERROR_INPUT where
+ * only some have one; NULL then. */
+const char *device_choose(struct world *world, const char *asked /* "auto", "cpu", "cuda" */, struct error *error);
 
 /* Gives the world its device; nothing to do on one rank, or where the backend's memory is the host's. `k` must outlive device_close. Collective,
  * after all ranks have opened their kernels. Errors: ERROR_WORK, this rank's own: agree on them. */

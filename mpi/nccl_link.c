@@ -47,7 +47,7 @@ static void *look_for_failures(void *context) {
   return NULL;
 }
 
-int nccl_open(struct world *world, struct kernels *k, struct nccl **opened, struct error *error) {
+static int nccl_open(struct world *world, struct kernels *k, void **opened, struct error *error) {
   ncclUniqueId id = {{0}};
   struct nccl *nccl = calloc(1, sizeof *nccl);
   ncclResult_t code = world->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
@@ -64,15 +64,17 @@ int nccl_open(struct world *world, struct kernels *k, struct nccl **opened, stru
   world_broadcast(world, &id, sizeof id);
   code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
   if (code != ncclSuccess)
-    return error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); NCCL_DEBUG=INFO tells more", world->rank,
-                     ncclGetErrorString(code), ncclGetLastError(NULL));
+    return error_set(error, ERROR_WORK,
+                     "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
+                     world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
   if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
     return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
   nccl->started = true;
   return 0;
 }
 
-void nccl_close(struct nccl *nccl) {
+static void nccl_close(void *state) {
+  struct nccl *nccl = state;
   if (!nccl) return;
   if (nccl->started) {
     pthread_mutex_lock(&nccl->lock);
@@ -85,17 +87,22 @@ void nccl_close(struct nccl *nccl) {
   free(nccl);
 }
 
-void nccl_exchange(struct nccl *nccl, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
+static void nccl_exchange(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
+  struct nccl *nccl = state;
   require(nccl, ncclGroupStart(), "group");
   if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
   if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
   require(nccl, ncclGroupEnd(), "exchange");
 }
 
-void nccl_largest(struct nccl *nccl, float *values, size_t count) {
+static void nccl_largest(void *state, float *values, size_t count) {
+  struct nccl *nccl = state;
   require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
 }
 
-void nccl_broadcast(struct nccl *nccl, struct lane *lane, void *bytes, size_t count) {
+static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
+  struct nccl *nccl = state;
   require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
 }
+
+const struct device_link nccl_link = {nccl_open, nccl_close, nccl_exchange, nccl_largest, nccl_broadcast};

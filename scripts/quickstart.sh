@@ -56,7 +56,7 @@ make_tokens() {
     .venv/bin/python tools/tokenize.py --model work/smollm2 --output "$file" "$@" work/handbook.txt
 }
 
-run_ranks() { mpirun -np "$ranks" build/omniquant "$@" </dev/null; }
+run_ranks() { mpirun -np "$ranks" build/omniquant "$@" --backend cpu </dev/null; }
 
 # keep FILE COMMAND...: the command's standard output in FILE, there only if the command succeeds.
 keep() {

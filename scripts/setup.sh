@@ -67,6 +67,12 @@ make_venv() {
   cp tools/requirements.txt .venv/requirements.txt
 }
 
+# Puts cuDNN's C++ front end, headers alone, into FOLDER/include; its Python package carries them. Fails without a message of its own.
+get_cudnn_frontend() {
+  [ -f "$1/include/cudnn_frontend.h" ] ||
+    quietly python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$1" 'nvidia-cudnn-frontend>=1.32'
+}
+
 # Lets mpirun start two ranks on any machine: Open MPI counts cores, not hardware threads, and refuses root unless told twice.
 mpi_environment() {
   export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe

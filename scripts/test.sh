@@ -37,7 +37,7 @@ run_tests() {
 }
 
 folder=build-test
-options=(-DOMNIQUANT_WERROR=ON -DOMNIQUANT_CUDA=AUTO)
+options=(-DOMNIQUANT_WERROR=ON)
 case ${1:-} in
 '') ;;
 --sanitize) folder=build-asan options=(-DOMNIQUANT_SANITIZE=ON -DOMNIQUANT_BENCH=OFF) ;;
@@ -47,7 +47,13 @@ esac
 
 install_packages "${packages[@]}" g++ libcmocka-dev iproute2 python3-venv valgrind
 layout=0
-if [ "$folder" = build-test ]; then check_format || layout=1; fi
+if [ "$folder" = build-test ]; then
+  check_format || layout=1
+  # Where CUDA's backend is built, attention by cuDNN is too.
+  if command -v nvcc >/dev/null && get_cudnn_frontend build-cudnn-frontend; then
+    options+=("-DCUDNN_FRONTEND_INCLUDE_DIR=$PWD/build-cudnn-frontend/include")
+  fi
+fi
 build "$folder" "${options[@]}"
 # Tests that read what the program writes with h5py find it through PYTHON; without, they are skipped.
 if make_venv; then

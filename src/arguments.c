@@ -280,9 +280,9 @@ static int run_subcommand(struct parse *parse, int argc, char **argv, const char
 #define ANY_COUNT    0, 9007199254740991
 
 static int check_backend(const char *backend, struct error *error) {
-  if (kernels_built_in(backend)) return 0;
+  if (strcmp(backend, "auto") == 0 || kernels_built_in(backend)) return 0;
   if (strcmp(backend, "cuda") == 0) return error_set(error, ERROR_INPUT, "--backend cuda: not built in; build with CUDA, or use cpu");
-  return error_set(error, ERROR_INPUT, "--backend: '%s' is not one of cpu|cuda", printable(backend).text);
+  return error_set(error, ERROR_INPUT, "--backend: '%s' is not one of auto|cpu|cuda", printable(backend).text);
 }
 
 static const struct setting calibrate_files[] = {
@@ -299,7 +299,8 @@ static const struct setting calibrate_run[] = {
     {"stream_checkpoint", SETTING_INT, AT(calibrate.stream_checkpoint), 0, 10000, NULL, "0",
      "keep the hidden states in OUT/streams every N blocks, to resume without replaying what is stored; 0: never"},
     {"blocks", SETTING_TEXT, AT(blocks), OPTIONAL, "A:B", NULL, "quantize blocks A to B - 1 only; either may be left out"},
-    {"backend", SETTING_TEXT, AT(calibrate.backend), OPTIONAL, "cpu|cuda", "cpu", "what computes"},
+    {"backend", SETTING_TEXT, AT(calibrate.backend), OPTIONAL, "auto|cpu|cuda", "auto",
+     "what computes; auto: cuda where every rank has a GPU that it can use"},
     {"threads", SETTING_INT, AT(calibrate.threads), 0, 65536, NULL, "0", "threads a rank; 0: the node's cores over its ranks"},
 };
 
@@ -478,7 +479,8 @@ static const struct setting eval_activations[] = {
 
 static const struct setting eval_run[] = {
     {"json", SETTING_BOOL, AT(evaluate.json), 0, 1, NULL, NULL, "print one JSON object"},
-    {"backend", SETTING_TEXT, AT(evaluate.backend), OPTIONAL, "cpu|cuda", "cpu", "what computes"},
+    {"backend", SETTING_TEXT, AT(evaluate.backend), OPTIONAL, "auto|cpu|cuda", "auto",
+     "what computes; auto: cuda where every rank has a GPU that it can use"},
     {"threads", SETTING_INT, AT(evaluate.threads), 0, 65536, NULL, "0", "threads a rank; 0: the node's cores over its ranks"},
 };
 
@@ -568,7 +570,7 @@ static const struct setting plan_machine[] = {
      "JSON of figures that were measured, as --measure writes them, which replace the machine's"},
     {"measure", SETTING_TEXT, AT(plan.measure), OPTIONAL, "FILE", NULL,
      "time the operations of one block on this host, with random weights, plan with that, and keep it in FILE"},
-    {"backend", SETTING_TEXT, AT(plan.backend), OPTIONAL, "cpu|cuda", "cpu", "what --measure times"},
+    {"backend", SETTING_TEXT, AT(plan.backend), OPTIONAL, "auto|cpu|cuda", "auto", "what --measure times; auto: cuda where there is a GPU"},
     {"threads", SETTING_INT, AT(plan.threads), 1, 65536, NULL, "1", "threads a rank, where CPUs compute"},
     {"json", SETTING_BOOL, AT(plan.json), 0, 1, NULL, NULL, "print one JSON object"},
 };

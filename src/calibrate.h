@@ -25,7 +25,7 @@ struct calibrate_options {
   int end_block;         /* 0: all */
   int stream_checkpoint; /* blocks from one checkpoint of the streams to the next; 0: none */
   bool resume;           /* the store's own recipe where none is given */
-  const char *backend;   /* "cpu", "cuda" */
+  const char *backend;   /* "cpu", "cuda"; of the command line also "auto", which main.c decides */
   int threads;           /* threads a rank; 0: cores of the node over its ranks */
 };
 

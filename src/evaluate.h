@@ -18,7 +18,7 @@ struct evaluate_options {
   int windows;           /* consecutive windows; 0: as many as the file holds */
   int abits, kv_bits;    /* of activations; 0: as the store's recipe says, 16 without a store */
   bool json;             /* one JSON object on stdout instead of a line */
-  const char *backend;   /* "cpu", "cuda" */
+  const char *backend;   /* "cpu", "cuda"; of the command line also "auto", which main.c decides */
   int threads;           /* threads a rank; 0: cores of the node over its ranks */
 };
 

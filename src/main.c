@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "calibrate.h"
+#include "device.h"
 #include "evaluate.h"
 #include "export.h"
 #include "inspect.h"
@@ -19,11 +20,15 @@ static int run_calibrate(struct world *world, const struct arguments *arguments,
   if (world_agree(world, error)) return error->code;
   world_broadcast(world, &count, sizeof count);
   world_broadcast(world, recipes, (size_t)count * sizeof *recipes);
-  return calibrate(world, &arguments->calibrate, recipes, count, error);
+  struct calibrate_options options = arguments->calibrate;
+  options.backend = device_choose(world, options.backend, error);
+  return options.backend ? calibrate(world, &options, recipes, count, error) : error->code;
 }
 
 static int run_eval(struct world *world, const struct arguments *arguments, struct error *error) {
-  return evaluate(world, &arguments->evaluate, error);
+  struct evaluate_options options = arguments->evaluate;
+  options.backend = device_choose(world, options.backend, error);
+  return options.backend ? evaluate(world, &options, error) : error->code;
 }
 
 static int run_export(struct world *world, const struct arguments *arguments, struct error *error) {

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "checkpoint.h"
+#include "device.h"
 #include "record.h"
 #include "rehearsal.h"
 
@@ -184,7 +185,8 @@ static int measure(struct plan *plan, const struct plan_options *options, struct
   struct recipe recipe = plan->recipe;
   struct machine *machine = &plan->machine;
   struct rehearsal *rehearsal = calloc(1, sizeof *rehearsal);
-  struct kernels *k = kernels_open(options->backend, options->threads, 0, error);
+  struct world alone = {.size = 1, .local_size = 1};
+  struct kernels *k = kernels_open(device_choose(&alone, options->backend, error), options->threads, 0, error);
   if (!rehearsal) error_set(error, ERROR_WORK, "out of memory for a rehearsal");
   recipe.batch = 1;
   if (recipe.samples > 2) recipe.samples = 2;

@@ -17,7 +17,7 @@ struct plan_options {
   int threads;          /* a rank, where a CPU computes */
   const char *gpu;      /* "h100", "h200", "a100" or a file of a machine's figures; NULL: a CPU */
   const char *measure;  /* a file to write: operations are timed here, on random weights; NULL: nothing is */
-  const char *backend;  /* that is timed: "cpu", "cuda" */
+  const char *backend;  /* that is timed: "auto", "cpu", "cuda" */
   const char *measured; /* a file whose figures replace the machine's; NULL: none */
   bool json;            /* one JSON object instead of a table */
 };

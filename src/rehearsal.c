@@ -4,16 +4,17 @@
 #include <stdlib.h>
 
 #include "rank.h"
+#include "store.h"
 
 struct rehearsed {
   struct rank rank;
   struct trace trace; /* of rank.k */
 };
 
-/* The rows noted since the latest call. */
+/* The rows noted since the latest call, and what was allocated in it. */
 static struct trace take(struct rehearsed *r) {
   struct trace taken = r->trace;
-  r->trace = (struct trace){.allocated = taken.allocated};
+  r->trace = (struct trace){0};
   return taken;
 }
 
@@ -22,21 +23,21 @@ static struct trace take(struct rehearsed *r) {
 /* The codes that the team's first rank packs, while the others wait. */
 static int pack(struct rank *rank, struct error *error) {
   const struct learner *l = &rank->learner;
-  bool computing = rank->image != NULL;
-  for (int i = 0; i < l->block->model->linears; i++) {
+  struct kernels *k = l->k;
+  for (int i = 0; i < l->block->model->linears && !error->code; i++) {
     const struct quantized_shape *shape = &l->lwc.shape[i];
-    size_t groups = (size_t)groups_of(shape), bytes = (size_t)(shape->rows * (shape->columns + 1));
+    size_t groups = (size_t)groups_of(shape), bytes = (size_t)(shape->rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
     if (shape->rows == 0) continue;
-    uint8_t *codes = computing ? malloc(bytes) : NULL, *zero_point = computing ? malloc(groups) : NULL;
-    uint16_t *scale = computing ? malloc(groups * sizeof *scale) : NULL;
-    if (computing && (!codes || !zero_point || !scale)) error_set(error, ERROR_WORK, "out of memory for codes");
-    if (!error->code)
-      l->k->quantize_codes(l->k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), NULL,
-                           NULL, NULL, shape);
-    free(codes);
-    free(zero_point);
-    free(scale);
-    if (error->code) break;
+    uint8_t *codes = k->allocate(k, bytes), *zero_point = k->allocate(k, groups);
+    uint16_t *scale = k->allocate(k, groups * sizeof *scale);
+    if (codes && zero_point && scale)
+      k->quantize_codes(k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), NULL, NULL,
+                        NULL, shape);
+    else
+      error_set(error, ERROR_WORK, "out of memory on %s for codes", k->name);
+    k->release(k, codes);
+    k->release(k, zero_point);
+    k->release(k, scale);
   }
   return error->code;
 }

@@ -235,7 +235,7 @@ END
 # without_memory FLAG...
 without_memory() {
   timeout 60 mpirun --bind-to none --oversubscribe -np 2 bash "$work/limited" "$program" "$@" --model "$work/model" --tokens "$work/many.h5" \
-    --seqlen 1024 --threads 1 >"$work/log" 2>&1 </dev/null
+    --seqlen 1024 --backend cpu --threads 1 >"$work/log" 2>&1 </dev/null
   [ $? = 1 ] && grep -q '^omniquant: rank 1: out of memory .* use more ranks$' "$work/log" && return
   cat "$work/log"
   return 1

@@ -80,7 +80,7 @@ refused "--alpha: 1.5 is not in 0..1" calibrate --alpha 1.5
 refused "--act-granularity: 'row' is not one of token|tensor|group" calibrate --act-granularity row
 refused "--config: is empty" calibrate --config ""
 refused "--config: given more than 16 times" calibrate "${configs[@]}"
-refused "--backend: 'abacus' is not one of cpu|cuda" calibrate --model m --tokens t --output o --backend abacus
+refused "--backend: 'abacus' is not one of auto|cpu|cuda" calibrate --model m --tokens t --output o --backend abacus
 refused "--threads: -1 is not in 0..65536" calibrate --threads -1
 refused "'more' is one argument too many" calibrate --model m more
 refused "--tokens FILE is missing: text to predict, as made by tools/tokenize.py" eval --model m

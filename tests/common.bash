@@ -38,11 +38,11 @@ check() {
   fi
 }
 
-# launch RANKS ARGUMENT...: the program on that many ranks, one thread each.
+# launch RANKS ARGUMENT...: calibrate or eval on that many ranks of the CPU, one thread each.
 launch() {
   local ranks=$1
   shift
-  timeout 120 mpirun --bind-to none --oversubscribe -np "$ranks" "$program" "$@" --threads 1 </dev/null
+  timeout 120 mpirun --bind-to none --oversubscribe -np "$ranks" "$program" "$@" --backend cpu --threads 1 </dev/null
 }
 
 # near A B RELATIVE: whether two numbers are that close.

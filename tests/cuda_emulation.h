@@ -2,24 +2,31 @@
  * after the other; the threads of a block are fibers that change places at barriers, and exchanges of a warp are barriers too. Device memory is
  * host memory, so that AddressSanitizer sees what compute-sanitizer would.
  * Every second launch runs blocks and threads in reverse: where a barrier is missing, two runs of a kernel give different results. A barrier
- * that not all threads reach ends the program.
+ * that not all threads reach ends the program. cuBLASLt is a loop, called as the library is, with its own layouts and what it asks of them.
  * Streams are queues. The first device that is opened does its work as soon as it is asked for and copies beside it as late as can be, the second the
  * other way round, and so on in turn (OMNIQUANT_EMULATED_LATE=copies or work: all one way): where one stream should wait for another and does not,
  * the two give different results.
+ * On a dry device (cuda_dry.h) nothing is run.
  * OMNIQUANT_EMULATED_MEMORY: bytes of the device's memory; without it there is no end to it. */
 #ifndef OMNIQUANT_CUDA_EMULATION_H
 #define OMNIQUANT_CUDA_EMULATION_H
 
 #include <math.h>
+#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include <deque>
 #include <functional>
 #include <map>
 #include <vector>
+
+extern "C" {
+#include "cuda_dry.h"
+}
 
 #define __global__
 #define __device__
@@ -40,6 +47,97 @@ struct alignas(16) float4 {
 };
 
 namespace emulation {
+
+/* ---- what is wrong ---- */
+
+inline dry_device *dry; /* NULL: launches are run */
+
+/* A dry device keeps the first; else it ends the program. */
+__attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) {
+  char text[sizeof dry->failure];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  if (!dry) {
+    fprintf(stderr, "emulation: %s\n", text);
+    abort();
+  }
+  if (!*dry->failure) memcpy(dry->failure, text, sizeof text);
+}
+
+/* ---- memory ---- */
+
+typedef std::map<const char *, size_t> memory_map;
+inline memory_map allocations, pinned; /* the device's memory; the host's that copies beside the work may use */
+inline size_t bytes_taken;             /* of the device's */
+
+inline size_t memory_bytes() {
+  const char *bytes = getenv("OMNIQUANT_EMULATED_MEMORY");
+  return bytes ? strtoull(bytes, NULL, 10) : SIZE_MAX;
+}
+
+/* Bytes from there to the end of the allocation; 0: of no allocation. */
+inline size_t bytes_behind(const void *memory, const memory_map &map = allocations) {
+  const char *at = (const char *)memory;
+  auto after = map.upper_bound(at);
+  if (after == map.begin()) return 0;
+  after--;
+  return at < after->first + after->second ? (size_t)(after->first + after->second - at) : 0;
+}
+
+inline void check_range(const char *what, const void *memory, size_t bytes) {
+  if (bytes > bytes_behind(memory)) fail("%s: %zu bytes at %p are not inside one allocation", what, bytes, memory);
+}
+
+/* Either end of a copy beside the work. */
+inline void check_end(const void *memory, size_t bytes) {
+  if (bytes > bytes_behind(memory) && bytes > bytes_behind(memory, pinned))
+    fail("a copy beside the work: %zu bytes at %p are neither the device's nor pinned", bytes, memory);
+}
+
+/* An argument of a kernel: what points somewhere points to memory of the device. */
+template <class T> void check_argument(const T &) {}
+template <class T> void check_argument(T *memory) {
+  if (memory) check_range("a kernel's argument", memory, sizeof(T));
+}
+
+inline bool note_alignment(bool aligned) {
+  if (dry && !aligned) dry->unaligned++;
+  return aligned;
+}
+
+inline void note_empty() {
+  if (dry) dry->empty++;
+}
+
+enum : size_t { PAGE_BYTES = 2 << 20, DRY_ROOM = (size_t)1 << 42 };
+inline char *dry_room, *dry_next; /* addresses that nobody may touch */
+
+inline void *dry_allocate(size_t bytes) {
+  if (!dry_room) {
+    void *room = mmap(NULL, DRY_ROOM, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return NULL;
+    dry_room = dry_next = (char *)room;
+  }
+  if (allocations.empty()) dry_next = dry_room;
+  size_t room = bytes / 256 * 256 + 512; /* aligned as CUDA's, and never side by side */
+  if (bytes > DRY_ROOM || room > (size_t)(dry_room + DRY_ROOM - dry_next)) return NULL;
+  char *memory = dry_next;
+  dry_next += room;
+  return memory;
+}
+
+inline size_t paged(size_t bytes) {
+  return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+}
+
+inline void dry_count(size_t bytes) {
+  dry->taken += bytes;
+  dry->paged_taken += paged(bytes);
+  if (dry->taken > dry->peak) dry->peak = dry->taken;
+  if (dry->paged_taken > dry->paged_peak) dry->paged_peak = dry->paged_taken;
+}
 
 /* ---- fibers ---- */
 
@@ -173,6 +271,7 @@ inline unsigned devices; /* opened so far */
 inline bool opening;     /* one, which has no stream yet */
 
 inline bool work_is_late() {
+  if (dry) return false;
   const char *late = getenv("OMNIQUANT_EMULATED_LATE");
   return late ? strcmp(late, "work") == 0 : devices % 2 == 0;
 }
@@ -222,12 +321,6 @@ inline void ask(stream *s, const stream::operation &operation) {
 typedef std::vector<std::function<void()>> graph;
 inline graph *recorded;
 
-inline void refuse_in_record(const char *what) {
-  if (!recorded) return;
-  fprintf(stderr, "emulation: %s while a graph is recorded\n", what);
-  abort();
-}
-
 inline void issue(void *on, std::function<void()> work) {
   stream *s = (stream *)on;
   if (recorded && s->works)
@@ -238,16 +331,18 @@ inline void issue(void *on, std::function<void()> work) {
 
 inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
   bool reversed = launches++ % 2;
+  const size_t most = dry ? dry->shared_bytes : 227 * 1024; /* a multiprocessor of compute capability 9.0 has no more for one block */
+  if (threads <= 0 || threads > 1024 || threads % 32) fail("%d threads a block", threads);
+  if (shared_bytes > most) fail("%zu bytes of shared memory, of %zu", shared_bytes, most);
+  if (dry) {
+    dry->launches++;
+    return;
+  }
   grid = blocks;
   block = dim3((unsigned)threads);
   body = kernel;
   fibers.resize((size_t)threads);
   warps.resize((size_t)threads / 32);
-  if (threads % 32) abort();
-  if (shared_bytes > 227 * 1024) { /* a multiprocessor of compute capability 9.0 has no more for one block */
-    fprintf(stderr, "emulation: %zu bytes of shared memory\n", shared_bytes);
-    abort();
-  }
   shared = (char *)aligned_alloc(16, shared_bytes / 16 * 16 + 16);
   unsigned count = blocks.x * blocks.y;
   for (unsigned i = 0; i < count; i++) {
@@ -335,21 +430,6 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
   }
 }
 
-/* What cuBLASLt does: the product in fp32, rounded once. */
-template <class P, class W, class R> void multiply_now(const P &p, W widen, R round) {
-  for (int64_t i = 0; i < p.m; i++)
-    for (int64_t j = 0; j < p.n; j++) {
-      float sum = p.bias ? widen(p.bias[j]) : 0;
-      for (int64_t k = 0; k < p.k; k++)
-        sum += widen(p.transpose_a ? p.a[k * p.m + i] : p.a[i * p.k + k]) * widen(p.transpose_b ? p.b[j * p.k + k] : p.b[k * p.n + j]);
-      p.c[i * p.n + j] = round(p.add ? sum + widen(p.c[i * p.n + j]) : sum);
-    }
-}
-
-template <class P, class W, class R> void multiply(void *on, const P &p, W widen, R round) {
-  issue(on, [=] { multiply_now(p, widen, round); });
-}
-
 } // namespace emulation
 
 #define threadIdx emulation::current->index
@@ -380,7 +460,7 @@ typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
 enum { cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHostAllocDefault = 0 };
-enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
 struct cudaPointerAttributes {
   int type;
@@ -406,60 +486,68 @@ inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
-  *properties = {"emulated", 9, 0};
+  *properties = {"emulated", emulation::dry ? emulation::dry->major : 9, emulation::dry ? emulation::dry->minor : 0};
   return cudaSuccess;
 }
 
 /* ---- memory ---- */
 
-struct cudaAllocation {
-  size_t bytes;
-  int type;
-};
-inline std::map<const char *, cudaAllocation> cudaAllocations;
-inline size_t cudaTaken; /* of the device's memory */
-
-inline size_t cudaMemory() {
-  const char *bytes = getenv("OMNIQUANT_EMULATED_MEMORY");
-  return bytes ? strtoull(bytes, NULL, 10) : SIZE_MAX;
-}
 inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
-  *total = cudaMemory();
-  *free_bytes = *total - cudaTaken;
-  return cudaSuccess;
-}
-/* Full of NaN. */
-inline cudaError_t cudaAllocate(void **memory, size_t bytes, int type) {
-  if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
-  memset(*memory, 0xff, bytes);
-  cudaAllocations[(const char *)*memory] = {bytes, type};
+  *total = emulation::memory_bytes();
+  *free_bytes = *total - emulation::bytes_taken;
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-  emulation::refuse_in_record("allocating");
-  if (bytes > cudaMemory() - cudaTaken) return cudaErrorMemoryAllocation;
-  cudaTaken += bytes;
-  return cudaAllocate(memory, bytes, cudaMemoryTypeDevice);
-}
-inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
-  return cudaAllocate(memory, bytes, cudaMemoryTypeHost);
+  if (emulation::recorded) { /* which a device refuses */
+    emulation::fail("memory is allocated while a graph is recorded");
+    return 2;
+  }
+  if (bytes > emulation::memory_bytes() - emulation::bytes_taken) return cudaErrorMemoryAllocation;
+  if (emulation::dry)
+    *memory = emulation::dry_allocate(bytes);
+  else if (posix_memalign(memory, 256, bytes))
+    *memory = NULL;
+  if (!*memory) return cudaErrorMemoryAllocation;
+  emulation::allocations[(const char *)*memory] = bytes;
+  emulation::bytes_taken += bytes;
+  if (emulation::dry) emulation::dry_count(bytes);
+  return cudaSuccess;
 }
 inline cudaError_t cudaFree(void *memory) {
+  auto found = emulation::allocations.find((const char *)memory);
   if (!memory) return cudaSuccess;
+  if (found == emulation::allocations.end()) {
+    emulation::fail("%p is freed, which is no allocation", memory);
+    return cudaSuccess;
+  }
   emulation::run_all(); /* as a device does */
-  const cudaAllocation &freed = cudaAllocations.at((const char *)memory);
-  if (freed.type == cudaMemoryTypeDevice) cudaTaken -= freed.bytes;
-  cudaAllocations.erase((const char *)memory);
-  free(memory);
+  emulation::bytes_taken -= found->second;
+  if (emulation::dry) {
+    emulation::dry->taken -= found->second;
+    emulation::dry->paged_taken -= emulation::paged(found->second);
+  } else {
+    free(memory);
+  }
+  emulation::allocations.erase(found);
+  return cudaSuccess;
+}
+/* Full of NaN. */
+inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
+  if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
+  memset(*memory, 0xff, bytes);
+  emulation::pinned[(const char *)*memory] = bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void *memory) {
-  return cudaFree(memory);
+  emulation::run_all();
+  emulation::pinned.erase((const char *)memory);
+  free(memory);
+  return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory) {
-  auto after = cudaAllocations.upper_bound((const char *)memory);
-  bool known = after != cudaAllocations.begin() && (after--, (const char *)memory < after->first + after->second.bytes);
-  attributes->type = known ? after->second.type : cudaMemoryTypeUnregistered;
+  attributes->type = emulation::bytes_behind(memory)                      ? cudaMemoryTypeDevice
+                     : emulation::bytes_behind(memory, emulation::pinned) ? cudaMemoryTypeHost
+                                                                          : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 
@@ -476,7 +564,10 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  emulation::refuse_in_record("waiting");
+  if (emulation::recorded) { /* which a device refuses */
+    emulation::fail("the host waits while a graph is recorded");
+    return 2;
+  }
   emulation::run_until((emulation::stream *)stream, ((emulation::stream *)stream)->asked);
   return cudaSuccess;
 }
@@ -510,24 +601,24 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, i
   emulation::ask((emulation::stream *)stream, {NULL, event->of, event->at});
   return cudaSuccess;
 }
-/* A device would copy from and to other host memory in its own time only as far as the host waits for it. */
-inline void cudaRefuseUnregistered(const void *memory) {
-  cudaPointerAttributes attributes;
-  cudaPointerGetAttributes(&attributes, memory);
-  if (attributes.type != cudaMemoryTypeUnregistered) return;
-  fprintf(stderr, "emulation: a copy beside the work of memory that is not cudaHostAlloc's\n");
-  abort();
-}
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int, cudaStream_t stream) {
-  if (!((emulation::stream *)stream)->works) {
-    cudaRefuseUnregistered(to);
-    cudaRefuseUnregistered(from);
+/* Of a dry device only zeros come back. */
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDefault) {
+    emulation::check_end(to, bytes);
+    emulation::check_end(from, bytes);
+  } else {
+    if (kind != cudaMemcpyDeviceToHost) emulation::check_range("a copy", to, bytes);
+    if (kind != cudaMemcpyHostToDevice) emulation::check_range("a copy", from, bytes);
   }
-  emulation::issue(stream, [=] { memcpy(to, from, bytes); });
+  if (!emulation::dry)
+    emulation::issue(stream, [=] { memcpy(to, from, bytes); });
+  else if (kind == cudaMemcpyDeviceToHost)
+    memset(to, 0, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t stream) {
-  emulation::issue(stream, [=] { memset(memory, value, bytes); });
+  emulation::check_range("a clear", memory, bytes);
+  if (!emulation::dry) emulation::issue(stream, [=] { memset(memory, value, bytes); });
   return cudaSuccess;
 }
 
@@ -563,6 +654,191 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   emulation::run_all();
   delete graph;
   return cudaSuccess;
+}
+
+/* ---- cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias along D's rows), column-major, in fp32, rounded once ---- */
+
+typedef int cublasStatus_t;
+typedef int cublasOperation_t;
+typedef int cublasLtEpilogue_t;
+typedef int cublasLtMatmulDescAttributes_t;
+typedef int cublasLtMatmulPreferenceAttributes_t;
+enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum { CUBLAS_OP_N, CUBLAS_OP_T };
+enum { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
+enum { CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_16BF };
+enum { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_BIAS_POINTER };
+enum {
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, /* these are numbers in an array */
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+};
+
+struct cublasLtMatmulDesc {
+  cublasOperation_t operation[2] = {CUBLAS_OP_N, CUBLAS_OP_N}; /* of A and B */
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  const uint16_t *bias = NULL;
+};
+struct cublasLtMatrixLayout {
+  uint64_t rows, columns;
+  int64_t stride; /* from column to column */
+};
+struct cublasLtMatmulPreference {
+  uint32_t alignment[4]; /* of A, B, C, D */
+  size_t workspace;
+};
+struct cublasLtMatmulAlgo_t {
+  uint64_t m, n, k; /* what it was chosen for */
+  cublasLtMatmulPreference preference;
+};
+struct cublasLtMatmulHeuristicResult_t {
+  cublasLtMatmulAlgo_t algo;
+};
+typedef int *cublasLtHandle_t;
+typedef cublasLtMatmulDesc *cublasLtMatmulDesc_t;
+typedef cublasLtMatrixLayout *cublasLtMatrixLayout_t;
+typedef cublasLtMatmulPreference *cublasLtMatmulPreference_t;
+
+namespace emulation {
+
+/* A product's sizes, and whether the operands agree in them. */
+struct product_sizes {
+  uint64_t m, n, k;
+  bool fit;
+};
+
+inline product_sizes sizes_of(const cublasLtMatmulDesc *d, const cublasLtMatrixLayout *a, const cublasLtMatrixLayout *b,
+                              const cublasLtMatrixLayout *c) {
+  bool ta = d->operation[0] == CUBLAS_OP_T, tb = d->operation[1] == CUBLAS_OP_T;
+  uint64_t m = ta ? a->columns : a->rows, k = ta ? a->rows : a->columns, n = tb ? b->rows : b->columns;
+  return {m, n, k, (tb ? b->columns : b->rows) == k && c->rows == m && c->columns == n};
+}
+
+/* A matrix, bf16, where it lies. On a dry device, whose sizes are models', also whether tensor cores take it as it lies. */
+inline void check_matrix(const char *name, const cublasLtMatrixLayout *layout, const void *at, uint32_t alignment) {
+  const uint64_t most = INT32_MAX;
+  if (layout->rows > most || layout->columns > most || (uint64_t)layout->stride > most)
+    fail("cuBLASLt: %s is %llu x %llu", name, (unsigned long long)layout->rows, (unsigned long long)layout->columns);
+  if (layout->stride < (int64_t)layout->rows) fail("cuBLASLt: %s: columns overlap", name);
+  check_range(name, at, (size_t)((int64_t)(layout->columns - 1) * layout->stride + (int64_t)layout->rows) * 2);
+  if ((uintptr_t)at % alignment) fail("cuBLASLt: %s is not aligned to the %u bytes that were said", name, alignment);
+  if (dry && ((uintptr_t)at % 16 || layout->stride % 8)) fail("cuBLASLt: %s: its columns are not at multiples of 16 bytes", name);
+}
+
+/* op(X) in fp32, its rows (or those of its transpose) one after the other. */
+inline std::vector<float> widened(const uint16_t *x, const cublasLtMatrixLayout *layout, bool by_columns) {
+  std::vector<float> values(layout->rows * layout->columns);
+  for (uint64_t column = 0; column < layout->columns; column++)
+    for (uint64_t row = 0; row < layout->rows; row++)
+      values[by_columns ? column * layout->rows + row : row * layout->columns + column] =
+          bf16_value(x[column * (uint64_t)layout->stride + row]);
+  return values;
+}
+
+} // namespace emulation
+
+inline const char *cublasLtGetStatusString(cublasStatus_t status) {
+  return status == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_INVALID_VALUE";
+}
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
+  *handle = new int(0);
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+  delete handle;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, int compute, int scale) {
+  if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_INVALID_VALUE;
+  *d = new cublasLtMatmulDesc;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+  delete d;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, int what, const void *value, size_t bytes) {
+  void *to = what == CUBLASLT_MATMUL_DESC_TRANSA     ? (void *)&d->operation[0]
+             : what == CUBLASLT_MATMUL_DESC_TRANSB   ? (void *)&d->operation[1]
+             : what == CUBLASLT_MATMUL_DESC_EPILOGUE ? (void *)&d->epilogue
+                                                     : (void *)&d->bias;
+  if (bytes != (what == CUBLASLT_MATMUL_DESC_BIAS_POINTER ? sizeof d->bias : sizeof(int))) return CUBLAS_STATUS_INVALID_VALUE;
+  memcpy(to, value, bytes);
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, int type, uint64_t rows, uint64_t columns,
+                                                 int64_t stride) {
+  if (type != CUDA_R_16BF) return CUBLAS_STATUS_INVALID_VALUE;
+  *layout = new cublasLtMatrixLayout{rows, columns, stride};
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+  delete layout;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
+  *preference = new cublasLtMatmulPreference{{256, 256, 256, 256}, 0}; /* the library's own defaults */
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+  delete preference;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, int what, const void *value,
+                                                           size_t bytes) {
+  bool workspace = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+  if (bytes != (workspace ? sizeof preference->workspace : sizeof *preference->alignment)) return CUBLAS_STATUS_INVALID_VALUE;
+  memcpy(workspace ? (void *)&preference->workspace : (void *)&preference->alignment[what], value, bytes);
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
+                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t,
+                                                     cublasLtMatmulPreference_t preference, int, cublasLtMatmulHeuristicResult_t *result,
+                                                     int *found) {
+  auto sizes = emulation::sizes_of(d, a, b, c);
+  if (!sizes.fit) return CUBLAS_STATUS_INVALID_VALUE;
+  result->algo = {sizes.m, sizes.n, sizes.k, *preference};
+  *found = 1;
+  return CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const float *alpha, const void *a,
+                                     cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout, const float *beta,
+                                     const void *c, cublasLtMatrixLayout_t c_layout, void *to, cublasLtMatrixLayout_t to_layout,
+                                     const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+  auto sizes = emulation::sizes_of(d, a_layout, b_layout, to_layout);
+  if (!sizes.fit || c != to || c_layout != to_layout || sizes.m != algorithm->m || sizes.n != algorithm->n || sizes.k != algorithm->k ||
+      algorithm->preference.workspace > workspace_bytes)
+    return CUBLAS_STATUS_INVALID_VALUE;
+  emulation::check_matrix("A", a_layout, a, algorithm->preference.alignment[0]);
+  emulation::check_matrix("B", b_layout, b, algorithm->preference.alignment[1]);
+  emulation::check_matrix("C", c_layout, c, algorithm->preference.alignment[2]);
+  emulation::check_matrix("D", to_layout, to, algorithm->preference.alignment[3]);
+  emulation::check_range("the workspace", workspace, workspace_bytes);
+  const uint16_t *bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? d->bias : NULL;
+  if (d->epilogue == CUBLASLT_EPILOGUE_BIAS) emulation::check_range("the bias", bias, sizes.m * sizeof *bias);
+  if (emulation::dry) {
+    emulation::issue(stream, [] { emulation::dry->products++; });
+    return CUBLAS_STATUS_SUCCESS;
+  }
+  const cublasLtMatrixLayout left_layout = *a_layout, right_layout = *b_layout;
+  const bool left_turned = d->operation[0] == CUBLAS_OP_T, right_turned = d->operation[1] == CUBLAS_OP_N;
+  const uint64_t stride = (uint64_t)to_layout->stride;
+  const float scale = *alpha, kept = *beta;
+  emulation::issue(stream, [=] {
+    std::vector<float> left = emulation::widened((const uint16_t *)a, &left_layout, left_turned);
+    std::vector<float> right = emulation::widened((const uint16_t *)b, &right_layout, right_turned);
+    for (uint64_t j = 0; j < sizes.n; j++)
+      for (uint64_t i = 0; i < sizes.m; i++) {
+        uint16_t *out = (uint16_t *)to + j * stride + i;
+        float sum = 0;
+        for (uint64_t l = 0; l < sizes.k; l++) sum += left[i * sizes.k + l] * right[j * sizes.k + l];
+        sum = scale * sum + (kept != 0 ? kept * emulation::bf16_value(*out) : 0) + (bias ? emulation::bf16_value(bias[i]) : 0);
+        *out = emulation::bf16_bits(sum);
+      }
+  });
+  return CUBLAS_STATUS_SUCCESS;
 }
 
 #endif

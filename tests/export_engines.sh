@@ -46,8 +46,8 @@ verified() {
 }
 
 calibrate() {
-  timeout 120 "$program" calibrate --model "models/$2" --tokens tokens.h5 --output "$1" --seqlen 24 --samples 4 --batch 2 --threads 1 "${@:3}" \
-    >log 2>&1 </dev/null || { cat log && return 1; }
+  timeout 120 "$program" calibrate --model "models/$2" --tokens tokens.h5 --output "$1" --seqlen 24 --samples 4 --batch 2 --backend cpu \
+    --threads 1 "${@:3}" >log 2>&1 </dev/null || { cat log && return 1; }
 }
 
 tokenizers=()

@@ -13,8 +13,8 @@ cd "$work" || exit 1
 
 # calibrate NAME MODEL FLAG...: a store in NAME.
 calibrate() {
-  timeout 120 "$program" calibrate --model "models/$2" --tokens tokens.h5 --output "$1" --seqlen 24 --samples 4 --batch 2 --threads 1 "${@:3}" \
-    >log 2>&1 </dev/null || {
+  timeout 120 "$program" calibrate --model "models/$2" --tokens tokens.h5 --output "$1" --seqlen 24 --samples 4 --batch 2 --backend cpu \
+    --threads 1 "${@:3}" >log 2>&1 </dev/null || {
     cat log
     return 1
   }

@@ -15,7 +15,8 @@ flags=(calibrate --model "$fixtures/llama_gqa_tied" --tokens "$work/tokens.h5" -
 
 # run NAME: on two ranks into $work/NAME; a hang is ended after a minute.
 run() {
-  timeout 60 mpirun --bind-to none --oversubscribe -np 2 "$faulty" "${flags[@]}" --output "$work/$1" --threads 1 >"$work/log" 2>&1 </dev/null
+  timeout 60 mpirun --bind-to none --oversubscribe -np 2 "$faulty" "${flags[@]}" --output "$work/$1" --backend cpu --threads 1 \
+    >"$work/log" 2>&1 </dev/null
 }
 
 # Of a failed run: no hang, a message unless MPI itself was what failed, whole blocks, and then an undisturbed run's codes.

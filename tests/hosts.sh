@@ -31,7 +31,8 @@ calibrate() {
   local ranks=$1 name=$2
   shift 2
   hosts_mpirun "$ranks" "$@" -x OMNIQUANT_PROGRESS "$program" calibrate --model "$work/model" --tokens "$work/tokens.h5" --output "$work/$name" \
-    --wbits 3 --group-size $group --samples $samples --batch $batch --seqlen 32 --epochs $epochs --threads 1 </dev/null >"$work/$name.log" 2>&1
+    --wbits 3 --group-size $group --samples $samples --batch $batch --seqlen 32 --epochs $epochs --backend cpu --threads 1 \
+    </dev/null >"$work/$name.log" 2>&1
 }
 
 # finishes RANKS NAME

@@ -5,7 +5,7 @@
 . "$(dirname "$0")/common.bash"
 
 "$helper" tokens "$work/tokens.h5" 40000 256 1 && "$helper" model "$work/model" 3 384 6 2 1536 256 F16 || exit 1
-common=(--model "$work/model" --samples 32 --seqlen 256 --epochs 1 --group-size 64 --threads 1)
+common=(--model "$work/model" --samples 32 --seqlen 256 --epochs 1 --group-size 64 --backend cpu --threads 1)
 
 # number KEY: of the plan's JSON, the first of that name.
 number() { sed -n 's/^ *"'"$1"'": \([0-9.e+]*\).*/\1/p' "$work/plan" | head -n 1; }

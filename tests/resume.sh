@@ -26,7 +26,7 @@ begin() {
   shift 2
   # shellcheck disable=SC2086 # several words
   OMNIQUANT_TEST_READ_SECONDS=${read_seconds:-0.4} mpirun ${mpirun_flags:-} --bind-to none --oversubscribe -np "$ranks" "$program" calibrate \
-    --output "$work/$name" "$@" --threads 1 >"$work/log" 2>&1 </dev/null &
+    --output "$work/$name" "$@" --backend cpu --threads 1 >"$work/log" 2>&1 </dev/null &
   launcher=$!
   for _ in {1..600}; do
     if [ -e "$work/$name/blocks/0001.h5" ] || ! kill -0 $launcher 2>/dev/null; then break; fi
@@ -88,7 +88,7 @@ kill -CONT "$(rank 0)"
 wait_launcher
 check "a stop is not forgotten" test $? = 75
 rm "$work/log" # in which is what is waited for below
-OMNIQUANT_TEST_READ_SECONDS=20 "$program" calibrate --output "$work/slow" "${recipe[@]}" --threads 1 >"$work/log" 2>&1 &
+OMNIQUANT_TEST_READ_SECONDS=20 "$program" calibrate --output "$work/slow" "${recipe[@]}" --backend cpu --threads 1 >"$work/log" 2>&1 &
 slow=$!
 for _ in {1..200}; do # until it works
   if said '^llama' >/dev/null 2>&1; then break; fi
@@ -125,7 +125,7 @@ check "other tokens" refused 'holds another run: tokens' "${recipe[@]}" --tokens
 check "other first blocks" refused 'holds another run: --blocks: it begins with 0 there and with 1 here' "${recipe[@]}" --blocks 1:6
 check "nothing of it has changed" test "$before" = "$(cd "$work/reference" && find . -type f -exec sha256sum {} + | sort)"
 read_seconds=2 begin 1 busy "${recipe[@]}"
-check "a run in work" fails "$program" calibrate --output "$work/busy" "${recipe[@]}" --threads 1
+check "a run in work" fails "$program" calibrate --output "$work/busy" "${recipe[@]}" --backend cpu --threads 1
 check "a run in work: said" also_said 'busy: another omniquant is writing here'
 kill -9 "$(rank 0)"
 wait_launcher
@@ -226,7 +226,7 @@ check "a folder that vanishes: said" said '^omniquant: .*/vanished/.*: cannot be
 check "a folder that vanishes: whole" whole hidden
 if mkdir "$work/disk" && mount -t tmpfs -o size=200k none "$work/disk" 2>/dev/null; then
   trap '! here || { umount -l "$work/disk"; rm -rf "$work"; }' EXIT
-  check "a small disk" fails "$program" calibrate --output "$work/disk/out" "${recipe[@]}" --threads 1
+  check "a small disk" fails "$program" calibrate --output "$work/disk/out" "${recipe[@]}" --backend cpu --threads 1
   check "a small disk: told before the start" also_said 'make room or choose another --output'
   figured=$(sed -n 's/.*stored takes \([0-9.]*\) MiB.*/\1/p' "$work/other.log")
   taken=$(cat "$work"/reference/blocks/*.h5 | wc -c)
@@ -255,7 +255,7 @@ echo "# OMNIQUANT_KILL_SEED=$RANDOM"
 # One attempt that is killed after a while; its status. Victims: either rank, both, or mpirun too.
 attempt() {
   OMNIQUANT_TEST_READ_SECONDS=0.15 mpirun --bind-to none --oversubscribe -np 2 "$program" calibrate --output "$work/killed" "${recipe[@]}" \
-    --stream-checkpoint $((RANDOM % 3)) --threads 1 >"$work/log" 2>&1 </dev/null &
+    --stream-checkpoint $((RANDOM % 3)) --backend cpu --threads 1 >"$work/log" 2>&1 </dev/null &
   launcher=$!
   sleep "$((RANDOM % 2)).$((RANDOM % 900 + 100))"
   case $((RANDOM % 4)) in

@@ -48,7 +48,7 @@ submit() {
   shift
   while [ "$1" != -- ]; do options+=("$1") && shift; done
   OUTPUT=$work/$name PROGRAM=$work/slow sbatch --parsable --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --time=30 --output="$work/$name.log" \
-    "${options[@]}" slurm/omniquant.sbatch --threads 1 "${@:2}"
+    "${options[@]}" slurm/omniquant.sbatch --backend cpu --threads 1 "${@:2}"
 }
 
 # field JOB NAME: what Slurm says of a job.
@@ -138,7 +138,7 @@ check "spare: makes room for an urgent job" timeout 60 srun --partition=urgent -
 # A job array of two recipes, under mpirun. Its last task, whose number is that of the whole array, is stopped and queued again, and no other.
 printf '%s\n' '# cases' '' "w3 --config '$work/w3.yaml'" "w4 --config '$work/w4.yaml'" >"$work/cases.txt"
 array=$(CASES=$work/cases.txt RECIPE='' OUTPUT=$work/array LAUNCHER=mpirun PROGRAM=$work/slow SLOW=1 sbatch --parsable --array=1-2 --nodes=1 \
-  --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --threads 1)
+  --ntasks-per-node=2 --cpus-per-task=1 --time=30 --output="$work/array_%a.log" slurm/array.sbatch --backend cpu --threads 1)
 
 # In the middle queued again by somebody else, cancelled, one rank killed, and stopped where the job is not to come back. Each is slow enough for
 # its turn below to come in its middle.

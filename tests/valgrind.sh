@@ -15,7 +15,8 @@ done
 # clean ARGUMENT...: the program under valgrind, one rank; valgrind's findings are its output.
 clean() {
   valgrind --quiet --leak-check=full --show-leak-kinds=definite,indirect --errors-for-leak-kinds=definite,indirect --error-exitcode=9 \
-    --keep-debuginfo=yes --num-callers=50 "${suppressions[@]}" "$program" "$@" --threads 1 >"$work/log" 2>&1 && ! grep '^==' "$work/log" && return
+    --keep-debuginfo=yes --num-callers=50 "${suppressions[@]}" "$program" "$@" --backend cpu --threads 1 \
+    >"$work/log" 2>&1 && ! grep '^==' "$work/log" && return
   cat "$work/log"
   return 1
 }

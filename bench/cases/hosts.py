@@ -26,8 +26,8 @@ COLUMNS = {
     "link": "bits a second and one-way delay that the hosts' links are given",
     "sends": "how Open MPI sends large messages over TCP: put, its default, or send (--mca btl_tcp_flags send,inplace)",
     "ranks": "processes of one thread, each on a host of its own; all hosts share this machine's cores",
-    "latency_us": "one way, measured between two ranks",
-    "mb_a_second": "each way, measured between two ranks that exchange and add",
+    "latency_us": "one way, measured between pairs of the ranks, all pairs at once",
+    "mb_a_second": "each way, measured between pairs that exchange and add, all pairs at once: of 4 ranks on 2 cores it is what the cores leave of the link",
     "slowed": "seconds of as many runs of one rank each, side by side and without a word to each other, over what the workload says of one alone: what"
     " sharing this machine costs each rank at that time, and the factor by which computing is taken to be slower",
     "measured": "seconds of all blocks, as the store tells them; the fastest of the repeats",
@@ -47,26 +47,29 @@ trap hosts_stop EXIT
 hosts_start "$build/tests/test_switch" "$most" "$1" "$2" "$work" "$build" || { cat "$work"/hosts.*/switch.log >&2; exit 1; }
 sends=()
 [ "$5" = put ] || sends=(--mca btl_tcp_flags send,inplace)
-hosts_mpirun 2 "${sends[@]}" "$build/bench/network" >"$work/network" || exit
+for ranks in $3; do
+  [ "$ranks" = 1 ] || hosts_mpirun "$ranks" "${sends[@]}" "$build/bench/network" >"$work/network-$ranks" || exit
+done
 for repeat in $(seq "$4"); do
   for ranks in $3; do
     rm -rf "$work/$ranks-$repeat"
     hosts_mpirun "$ranks" "${sends[@]}" "$build/omniquant" calibrate --model "$work/model" --tokens "$work/tokens.h5" \
-      --output "$work/$ranks-$repeat" $flags --threads 1 </dev/null >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
+      --output "$work/$ranks-$repeat" $flags --backend cpu --threads 1 </dev/null >"$work/log" 2>&1 || { cat "$work/log" >&2; exit 1; }
   done
 done
 """
 
 
 def hosts(work, build, most, link, ranks, repeats, sends):
-    """Runs on hosts of these links: what the network is, and for each number of ranks the seconds of its runs' blocks."""
+    """Runs on hosts of these links, for each number of ranks: what the network is with as many of them using it, and the seconds of the runs' blocks."""
     flags = [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS]
     variables = {"root": ROOT, "build": build, "work": work, "most": most, "flags": " ".join(map(str, flags))}
     command = ["setpriv", "--pdeathsig", "TERM", "bash", "-c", HOSTS, "hosts", *map(str, link), " ".join(map(str, ranks)), str(repeats), sends]
     done = subprocess.run(command, env={**measure_workload.environment(), **{name: str(value) for name, value in variables.items()}})
     if done.returncode:
         raise Failure(f"the runs with links of {link[0]:g} bit/s and {link[1]:g} s failed")
-    network = json.loads((work / "network").read_text())
+    network = {rank: json.loads((work / f"network-{rank}").read_text()) for rank in ranks if rank > 1}
+    network[1] = network[min(network)]
     found = {rank: [measure_workload.inspect(build / "omniquant", work / f"{rank}-{i + 1}")["seconds"] for i in range(repeats)] for rank in ranks}
     return network, found
 
@@ -86,7 +89,7 @@ def file_rates(work, count):
 
 def side_by_side(work, build, count):
     """Mean seconds of runs of one rank each that go on at once."""
-    program, flags = build / "omniquant", [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS, "--threads", 1]
+    program, flags = build / "omniquant", [*FLAGS, "--samples", SAMPLES, "--batch", BATCH, "--epochs", EPOCHS, "--backend", "cpu", "--threads", 1]
     command = [program, "calibrate", "--model", work / "model", "--tokens", work / "tokens.h5", *flags]
     with tempfile.TemporaryDirectory(dir=work) as folder:
         outputs = [f"{folder}/{i}" for i in range(count)]
@@ -138,8 +141,9 @@ def rows(bench, arguments):
         network, found = hosts(work, build, max(arguments.ranks), link, arguments.ranks, arguments.repeats, sends)
         slowed = slowdowns(work, build, arguments.ranks, arguments.repeats, alone)
         for ranks in arguments.ranks:
-            row = simulated(workload, network, rates, ranks, slowed[ranks])
+            between = network[ranks]
+            row = simulated(workload, between, rates, ranks, slowed[ranks])
             measured = min(found[ranks])
-            yield {"link": f"{link[0] / 1e9:g}G {link[1] * 1e3:g}ms", "sends": sends, "ranks": ranks, "latency_us": network["latency_seconds"] * 1e6,
-                   "mb_a_second": network["bytes_a_second"] / 1e6, "slowed": slowed[ranks], "measured": measured, "slowest": max(found[ranks]),
+            yield {"link": f"{link[0] / 1e9:g}G {link[1] * 1e3:g}ms", "sends": sends, "ranks": ranks, "latency_us": between["latency_seconds"] * 1e6,
+                   "mb_a_second": between["bytes_a_second"] / 1e6, "slowed": slowed[ranks], "measured": measured, "slowest": max(found[ranks]),
                    "simulated": row["seconds"], "error": row["seconds"] / measured - 1, "network": row["all-reduce"] / row["seconds"]}  # fmt: skip

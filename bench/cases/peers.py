@@ -67,7 +67,7 @@ def rows(bench, arguments):
     evaluation = arguments.evaluation or bench.tokens.with_name("evaluation.h5")
 
     def perplexity(*of):
-        return json.loads(bench.run([bench.omniquant, "eval", "--tokens", evaluation, "--seqlen", SEQLEN, "--windows", arguments.windows, "--offset",
+        return json.loads(bench.run([bench.omniquant, "eval", "--backend", "cpu", "--tokens", evaluation, "--seqlen", SEQLEN, "--windows", arguments.windows, "--offset",
                                      arguments.offset, "--json", *of])[0])["perplexity"]  # fmt: skip
 
     def row(what, version=None, steps=None, seconds=None, peak=None, of=()):

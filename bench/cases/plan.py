@@ -43,7 +43,8 @@ def measure(bench, ranks, flags):
 
 def rows(bench, arguments):
     for name, ranks, flags in RUNS:
-        flags = ["--samples", 16, "--sampling", "sequential", "--threads", 1, *([] if "--seqlen" in flags else ["--seqlen", 512]), *flags]
+        flags = ["--samples", 16, "--sampling", "sequential", "--backend", "cpu", "--threads", 1,
+                 *([] if "--seqlen" in flags else ["--seqlen", 512]), *flags]  # fmt: skip
         machine = measure(bench, ranks, flags)
         plan = json.loads(bench.run([bench.omniquant, "plan", "--json", "--model", bench.model, "--ranks", ranks, "--ranks-a-node", ranks,
                                      "--measured", machine, *flags])[0])  # fmt: skip

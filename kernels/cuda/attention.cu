@@ -212,6 +212,57 @@ __global__ void __launch_bounds__(TILE_THREADS)
   tile_store<D>(dv, dv_sums, one, first + row, T, a.wide_kv, kv_column, a.shape.head_size);
 }
 
+/* ---- cuDNN ---- */
+
+#ifdef OMNIQUANT_CUDNN
+/* Its plans of a shape; NULL: own kernels. Operands where eight elements at a time may not be read are not for cuDNN. */
+static struct cudnn_attention *cudnn_plans(struct kernels *k, const struct attention_shape *shape, bool vectors) {
+  struct backend *cuda = k->state;
+  if (!cuda->cudnn || k->own_attention || !vectors || cuda->failure.code) return NULL;
+  struct cudnn_attention *plans = cudnn_attention(cuda->cudnn, shape);
+  return plans && plans->good ? plans : NULL;
+}
+
+/* Whether the latest cuda_scratch gave what it was asked for, be it nothing. */
+static bool scratch_is_there(const struct kernels *k) {
+  const struct backend *cuda = k->state;
+  return !cuda->failure.code && !(cuda->recording && cuda->outgrown);
+}
+
+static bool cudnn_did(struct kernels *k, bool good) {
+  k->library_attention += good;
+  return good;
+}
+
+static bool library_forward(struct kernels *k, data *out, float *logsum, const data *q, const data *key, const data *v,
+                            const struct attention_shape *shape) {
+  struct cudnn_attention *plans = cudnn_plans(k, shape, aligned(out, q, key, v));
+  if (!plans) return false;
+  size_t sums_bytes = logsum ? 0 : (size_t)shape->heads * shape->tokens * sizeof(float); /* written in any case */
+  size_t at = (plans->forward_bytes + 255) / 256 * 256;
+  char *scratch = cuda_scratch(k, (int64_t)(at + sums_bytes));
+  if (!scratch_is_there(k)) return false;
+  if (!logsum) logsum = (float *)(scratch + at);
+  return cudnn_did(k, cudnn_forward(k->state->cudnn, plans, out, logsum, q, key, v, scratch));
+}
+
+static bool library_backward(struct kernels *k, data *dq, data *dk, data *dv, const data *dout, const data *out, const float *logsum,
+                             const data *q, const data *key, const data *v, const struct attention_shape *shape) {
+  struct cudnn_attention *plans = cudnn_plans(k, shape, aligned(dq, dk, dv, dout, out, q, key, v));
+  if (!plans) return false;
+  char *scratch = cuda_scratch(k, (int64_t)plans->backward_bytes);
+  if (!scratch_is_there(k)) return false;
+  return cudnn_did(k, cudnn_backward(k->state->cudnn, plans, dq, dk, dv, dout, out, logsum, q, key, v, scratch));
+}
+#else
+template <class... A> static bool library_forward(A...) {
+  return false;
+}
+template <class... A> static bool library_backward(A...) {
+  return false;
+}
+#endif
+
 /* ---- launches ---- */
 
 /* Products of one head's tiles below the diagonal, each 2 * D flops a query and key; a window leaves some out. */
@@ -247,7 +298,7 @@ static void attention_forward(struct kernels *k, data *out, float *logsum, const
                               const struct attention_shape *shape) {
   double elements_moved = 2.0 * shape->tokens * shape->head_size * (shape->heads + shape->kv_heads);
   timed timer(k, "attention_forward", 2 * elements_moved, attention_flops(shape, 2));
-  if (!head_size_fits(k, shape)) return;
+  if (!head_size_fits(k, shape) || library_forward(k, out, logsum, q, key, v, shape)) return;
   struct attention a = attention_of(shape, aligned(q, key, v));
   if (shape->head_size <= 64)
     forward_launch<64>(k, elements(out), logsum, elements(q), elements(key), elements(v), a);
@@ -261,7 +312,7 @@ static void attention_backward(struct kernels *k, data *dq, data *dk, data *dv, 
                                const data *q, const data *key, const data *v, const struct attention_shape *shape) {
   double elements_moved = 4.0 * shape->tokens * shape->head_size * (shape->heads + shape->kv_heads);
   timed timer(k, "attention_backward", 2 * elements_moved, attention_flops(shape, 5));
-  if (!head_size_fits(k, shape)) return;
+  if (!head_size_fits(k, shape) || library_backward(k, dq, dk, dv, dout, out, logsum, q, key, v, shape)) return;
   int64_t rows = (int64_t)shape->tokens * shape->heads;
   float *delta = (float *)cuda_scratch(k, rows * (int64_t)sizeof(float));
   if (!delta) return;

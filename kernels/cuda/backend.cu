@@ -2,6 +2,10 @@
  * filled at the end is all that shows. */
 #include "cuda/device.h"
 
+#ifdef OMNIQUANT_NCCL
+extern "C" const struct device_link nccl_link; /* mpi/nccl_link.h */
+#endif
+
 namespace {
 
 #include "cuda/activation.cu"
@@ -96,8 +100,9 @@ static void fill_table(struct kernels *k) {
 
 static void cuda_close(struct kernels *k) {
   struct backend *cuda = k->state;
-#ifndef OMNIQUANT_EMULATED
   cublas_close(k);
+#ifdef OMNIQUANT_CUDNN
+  cudnn_close(cuda->cudnn);
 #endif
   if (cuda->scratch) cudaFree(cuda->scratch);
   if (cuda->stream) cudaStreamDestroy(cuda_stream(k));
@@ -105,34 +110,52 @@ static void cuda_close(struct kernels *k) {
   free(k);
 }
 
-static int open_device(struct kernels *k, int device, struct error *error) {
-  struct backend *cuda = k->state;
-  struct cudaDeviceProp properties;
-  cudaStream_t stream;
+/* The device of that number among the visible ones, in turn. */
+static int find_device(int *device, struct cudaDeviceProp *properties, struct error *error) {
   int count = 0;
   cudaError_t code = cudaGetDeviceCount(&count);
   if (code != cudaSuccess || count == 0)
     return error_set(error, ERROR_WORK, "--backend cuda: no device: %s; use --backend cpu",
                      code != cudaSuccess ? cudaGetErrorString(code) : "none is visible");
-  cuda->device = device % count;
-  if ((code = cudaSetDevice(cuda->device)) != cudaSuccess || (code = cudaGetDeviceProperties(&properties, cuda->device)) != cudaSuccess ||
-      (code = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) != cudaSuccess)
-    return error_set(error, ERROR_WORK, "--backend cuda: device %d of %d cannot be used: %s", cuda->device, count,
-                     cudaGetErrorString(code));
-  cuda->stream = stream;
-  if (properties.major < 8)
-    return error_set(error, ERROR_WORK, "--backend cuda: %s has compute capability %d.%d; 8.0 or newer is needed for bf16", properties.name,
-                     properties.major, properties.minor);
-  snprintf(cuda->level, sizeof cuda->level, "%.70s", properties.name);
-#ifndef OMNIQUANT_EMULATED
-  if (!cublas_open(k, error)) return error->code;
-#endif
+  *device %= count;
+  if ((code = cudaGetDeviceProperties(properties, *device)) != cudaSuccess)
+    return error_set(error, ERROR_WORK, "--backend cuda: device %d of %d cannot be used: %s", *device, count, cudaGetErrorString(code));
+  if (properties->major < 8)
+    return error_set(error, ERROR_WORK, "--backend cuda: %s has compute capability %d.%d; 8.0 or newer is needed for bf16",
+                     properties->name, properties->major, properties->minor);
   return 0;
+}
+
+static int open_device(struct kernels *k, int device, struct error *error) {
+  struct backend *cuda = k->state;
+  struct cudaDeviceProp properties;
+  cudaStream_t stream;
+  cudaError_t code;
+  if (find_device(&device, &properties, error)) return error->code;
+  cuda->device = device;
+  if ((code = cudaSetDevice(device)) != cudaSuccess || (code = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) != cudaSuccess)
+    return error_set(error, ERROR_WORK, "--backend cuda: device %d cannot be used: %s", device, cudaGetErrorString(code));
+  cuda->stream = stream;
+  snprintf(cuda->level, sizeof cuda->level, "%.70s", properties.name);
+#ifdef OMNIQUANT_CUDNN
+  cuda->cudnn = cudnn_open(stream, 10 * properties.major + properties.minor);
+  size_t length = strlen(cuda->level);
+  if (cuda->cudnn)
+    snprintf(cuda->level + length, sizeof cuda->level - length, ", cuDNN %d.%d", cudnn_version() / 10000, cudnn_version() / 100 % 100);
+#endif
+  return cublas_open(k, error) ? 0 : error->code;
 }
 
 #ifndef OMNIQUANT_EMULATED
 extern "C" size_t cuda_memory_taken(struct kernels *k) {
   return memory_taken(k);
+}
+
+extern "C" bool cuda_usable(int device, struct error *reason) {
+  struct cudaDeviceProp properties;
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaErrorNoDevice) return false; /* or all are hidden by CUDA_VISIBLE_DEVICES */
+  return find_device(&device, &properties, reason) == 0;
 }
 #endif
 
@@ -149,6 +172,9 @@ extern "C" struct kernels *CUDA_OPEN(int device, struct error *error) {
   k->name = "emulated";
 #else
   k->name = "cuda";
+#ifdef OMNIQUANT_NCCL
+  k->link = &nccl_link;
+#endif
 #endif
   k->level = state->level;
   k->threads = 1;

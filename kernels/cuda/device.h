@@ -20,6 +20,9 @@
 
 extern "C" {
 #include "cuda/backend.h"
+#ifdef OMNIQUANT_CUDNN
+#include "cuda/cudnn.h"
+#endif
 }
 
 #define DEVICE __device__ __forceinline__
@@ -68,23 +71,40 @@ static int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-static dim3 grid_of(int64_t x, int64_t y = 1) {
-  return dim3((unsigned)x, (unsigned)y);
+/* The blocks of a launch; counted in 64 bits, so that too many are seen. */
+struct launch_grid {
+  int64_t x, y;
+};
+
+static struct launch_grid grid_of(int64_t x, int64_t y = 1) {
+  return {x, y};
 }
 
 /* Runs kernel(arguments...) on a grid of blocks; nothing to do for an empty grid. */
 template <class... P, class... A>
-static void launch(struct kernels *k, dim3 grid, int threads, size_t shared_bytes, void (*kernel)(P...), A... arguments) {
-  if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
+static void launch(struct kernels *k, const struct launch_grid &grid, int threads, size_t shared_bytes, void (*kernel)(P...),
+                   A... arguments) {
+  const uint64_t MOST_X = 2147483647, MOST_Y = 65535;
 #ifdef OMNIQUANT_EMULATED
-  emulation::run(cuda_stream(k), grid, threads, shared_bytes, [=] { kernel(arguments...); });
+  if (grid.x == 0 || grid.y == 0) emulation::note_empty();
+#endif
+  if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
+  if ((uint64_t)grid.x > MOST_X || (uint64_t)grid.y > MOST_Y) {
+    error_set(&k->state->failure, ERROR_WORK, "CUDA: a launch of %lld x %lld blocks, more than a device takes", (long long)grid.x,
+              (long long)grid.y);
+    return;
+  }
+  dim3 blocks((unsigned)grid.x, (unsigned)grid.y);
+#ifdef OMNIQUANT_EMULATED
+  (emulation::check_argument(arguments), ...);
+  emulation::run(cuda_stream(k), blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
   enum { WITHOUT_ASKING = 48 * 1024 };
   if (shared_bytes > WITHOUT_ASKING &&
       !cuda_check(k, cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes),
                   "shared memory"))
     return;
-  kernel<<<grid, (unsigned)threads, shared_bytes, cuda_stream(k)>>>(arguments...);
+  kernel<<<blocks, (unsigned)threads, shared_bytes, cuda_stream(k)>>>(arguments...);
   cuda_check(k, cudaGetLastError(), "launch");
 #endif
 }
@@ -217,7 +237,11 @@ static bool aligned() {
   return true;
 }
 template <class T, class... Rest> static bool aligned(T *first, Rest... rest) {
+#ifdef OMNIQUANT_EMULATED
+  return emulation::note_alignment((uintptr_t)first % 16 == 0) && aligned(rest...);
+#else
   return (uintptr_t)first % 16 == 0 && aligned(rest...);
+#endif
 }
 
 /* ---- each element by itself ---- */
@@ -290,7 +314,7 @@ template <int TEAM> DEVICE int team_lane() {
   return threadIdx.x % TEAM;
 }
 
-template <int TEAM> static dim3 team_grid(int64_t teams) {
+template <int TEAM> static struct launch_grid team_grid(int64_t teams) {
   return grid_of(ceil_div(teams, BLOCK_THREADS / TEAM));
 }
 

@@ -10,14 +10,7 @@ struct product {
   bf16 *c;
 };
 
-#ifdef OMNIQUANT_EMULATED
-static void multiply(struct kernels *k, const struct product *p) {
-  emulation::multiply(
-      cuda_stream(k), *p, [](bf16 x) { return to_float(x); }, [](float x) { return to_bf16(x); });
-}
-#else
 #include "cuda/cublas.h"
-#endif
 
 static void matmul(struct kernels *k, const char *name, const struct product &p) {
   timed timer(k, name, 2.0 * (double)(p.m * p.k + p.k * p.n + (p.add ? 2 : 1) * p.m * p.n), 2.0 * (double)p.m * (double)p.n * (double)p.k);

@@ -99,7 +99,7 @@ struct norm_weight_slope {
 #define LAUNCH_ROWS(kernel, k, shape, vectors, ...)                                                                                        \
   do {                                                                                                                                     \
     bool warp = (shape)->columns <= NORM_WARP_COLUMNS;                                                                                     \
-    dim3 grid = warp ? team_grid<WARP>((shape)->rows) : team_grid<BLOCK_THREADS>((shape)->rows);                                           \
+    struct launch_grid grid = warp ? team_grid<WARP>((shape)->rows) : team_grid<BLOCK_THREADS>((shape)->rows);                             \
     if (vectors)                                                                                                                           \
       launch(k, grid, BLOCK_THREADS, 0, warp ? kernel<8, WARP> : kernel<8, BLOCK_THREADS>, __VA_ARGS__);                                   \
     else                                                                                                                                   \

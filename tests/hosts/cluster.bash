@@ -71,8 +71,8 @@ hosts_start() {
   done
   echo "127.0.0.1 localhost" >>"$hosts_folder/hosts"
   hosts_rate=$(awk -v rate="$rate" 'BEGIN { printf "%.0f", rate }')
-  # Large frames save work, but one is to hold up others for no more than 50 us.
-  hosts_frame_bytes=$(awk -v rate="$rate" 'BEGIN { most = rate / 8 * 50e-6; print (rate == 0 || most > 65000 ? 65000 : most < 3000 ? 3000 : int(most)) }')
+  # Large frames save work, but one is to hold up others for no more than 200 us.
+  hosts_frame_bytes=$(awk -v rate="$rate" 'BEGIN { most = rate / 8 * 200e-6; print (rate == 0 || most > 65000 ? 65000 : most < 3000 ? 3000 : int(most)) }')
   setpriv --pdeathsig KILL "$switch" "$rate" "$delay" "${devices[@]}" >"$hosts_folder/switch.log" 2>&1 &
   hosts_switch=$!
   chrt --fifo --pid 50 "$hosts_switch" 2>/dev/null # a real one waits for no rank
