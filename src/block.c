@@ -50,12 +50,22 @@ static int load_rope_table(struct block *block, struct error *error) {
   return 0;
 }
 
-/* Elements of the largest weight, and rows of the longest vector. */
-static void largest(const struct model *model, int64_t *matrix, int64_t *vector) {
-  *matrix = *vector = 0;
+/* Rows of a weight whose gradient is made at a time. */
+static int64_t panel_rows(int64_t panel, int64_t rows, int64_t columns) {
+  int64_t most = panel / columns;
+  if (most >= rows) return rows;
+  if (most < BLOCK_PANEL_STEP) return most > 1 ? most : 1;
+  return most - most % BLOCK_PANEL_STEP;
+}
+
+/* Elements of the largest part of a weight's gradient, and rows of the longest vector. */
+static void largest(const struct model *model, int64_t *panel, int64_t *vector) {
+  *panel = *vector = 0;
   for (int i = 0; i < model->tensors; i++) {
     const struct block_tensor *tensor = &model->tensor[i];
-    int64_t count = tensor->rows * tensor->columns, *most = tensor->dimensions == 2 ? matrix : vector;
+    bool matrix = tensor->dimensions == 2;
+    int64_t rows = matrix ? panel_rows(BLOCK_PANEL, tensor->rows, tensor->columns) : tensor->rows, count = rows * tensor->columns;
+    int64_t *most = matrix ? panel : vector;
     if (count > *most) *most = count;
   }
 }
@@ -70,8 +80,8 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
   size_t inner = rows * (size_t)model->ffn * e, routed = rows * (size_t)model->hidden * e;
   bool head_norm = has(block, NORM_Q), experts = model->experts > 0, own_n2 = !one_norm(block), hat = use->quantized_inputs,
        trained = use->trained;
-  int64_t matrix, vector;
-  largest(model, &matrix, &vector);
+  int64_t vector;
+  largest(model, &block->panel, &vector);
   const struct buffer buffers[] = {
       {&block->weights, (size_t)model->elements * e, true},
       {&block->effective, (size_t)model->elements * e, use->effective},
@@ -107,7 +117,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
       {&block->routing.offset, (E + 1) * sizeof(int32_t), experts},
       {&block->expert_in, routed, experts},
       {&block->expert_out, routed, experts},
-      {&block->dw, (size_t)matrix * e, trained},
+      {&block->dw, (size_t)block->panel * e, trained},
       {&block->dvector, (size_t)vector * sizeof(float), trained},
       {&block->dbias, (size_t)vector * sizeof(float), trained},
       {&block->dq, wide_q, trained},
@@ -376,8 +386,13 @@ static void layer_backward(struct block *block, int index, const data *dy, const
                            const struct gradient_sink *sink) {
   const struct linear *linear = &block->model->linear[index];
   if (tokens == 0) return;
-  block->k->linear_backward_weight(block->k, block->dw, dy, x, tokens, linear->columns, linear->rows);
-  sink->weight(sink->context, index, block->dw);
+  int64_t most = panel_rows(block->panel, linear->rows, linear->columns);
+  for (struct row_range rows = {0}; rows.first < linear->rows; rows.first += rows.count) {
+    rows.count = linear->rows - rows.first < most ? linear->rows - rows.first : most;
+    block->k->linear_backward_weight(block->k, block->dw, data_at(block->k, dy, rows.first), x, tokens, linear->columns, rows.count,
+                                     linear->rows);
+    sink->weight(sink->context, index, rows, block->dw);
+  }
   if (!sink->vector || linear->bias == ABSENT) return;
   block->k->column_sums(block->k, block->dbias, dy, tokens, linear->rows);
   sink->vector(sink->context, linear->bias, block->dbias);

@@ -12,7 +12,16 @@
 #include "model.h"
 #include "recipe.h"
 
-enum { BLOCK_MOST_BUFFERS = 64 };
+enum {
+  BLOCK_MOST_BUFFERS = 64,
+  BLOCK_PANEL = 1 << 24, /* elements of a weight whose gradient is there at a time */
+  BLOCK_PANEL_STEP = 64  /* its rows are a multiple, so that it begins where products like it */
+};
+
+/* Rows [first, first + count) of a weight. */
+struct row_range {
+  int64_t first, count;
+};
 
 struct block {
   const struct model *model;
@@ -46,8 +55,9 @@ struct block {
   data *expert_in;        /* [rows, hidden] */
   data *expert_out;       /* [rows, hidden] */
 
-  /* Gradients; NULL unless trained. dw serves one weight at a time, dvector one norm or bias. */
+  /* Gradients; NULL unless trained. dw serves some rows of one weight at a time, dvector one norm or bias. */
   data *dw, *dq, *dk, *dv, *da, *dsum, *dh, *dn1, *dn2, *dgate, *dup;
+  int64_t panel; /* elements of dw; may be lowered between samples */
   float *dvector, *dbias;
   data *dlogits, *dexpert_in, *dexpert_out;
   float *dshare; /* [T, top] of the experts' weights */
@@ -61,7 +71,8 @@ enum block_weights { BLOCK_FULL, BLOCK_QUANTIZED };
 
 /* Receives gradients as soon as backward has them. */
 struct gradient_sink {
-  void (*weight)(void *context, int linear, const data *dw /* [C_out, C_in], valid during the call */);
+  /* A weight's, some rows at a time, in their order. */
+  void (*weight)(void *context, int linear, struct row_range rows, const data *dw /* [rows.count, C_in], valid during the call */);
   /* Norm weights and biases and linear biases; and weight() of the router. NULL: not wanted. */
   void (*vector)(void *context, int tensor, const float *d /* valid during the call */);
   void *context;

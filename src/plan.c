@@ -68,12 +68,10 @@ static void find_memory(struct plan *plan, const struct rehearsal *work, int thr
   const struct model *model = &plan->model;
   const struct machine *machine = &plan->machine;
   struct plan_memory *memory = &plan->memory;
-  double element = machine->element_bytes, largest = 0;
-  for (int i = 0; i < model->tensors; i++)
-    if (model->tensor[i].dimensions == 2) largest = larger(largest, (double)model->tensor[i].rows * (double)model->tensor[i].columns);
+  double element = machine->element_bytes;
   double streams = 3 + (plan->recipe.aug_loss ? 1 : 0);
   memory->weights = memory->effective = (double)model->elements * element;
-  memory->weight_gradient = largest * element;
+  memory->weight_gradient = (double)work->gradient_allocated;
   memory->activations = (double)work->block_allocated - 2 * memory->weights - memory->weight_gradient;
   memory->streams = streams * work->samples * plan->recipe.seqlen * model->hidden * element;
   memory->learnables = (double)(work->allocated - work->block_allocated) - memory->streams;

@@ -31,7 +31,7 @@ const char *plan_part_name(int part);
 /* Bytes of one rank, the one with the most samples. */
 struct plan_memory {
   double weights, effective; /* of a block: in full precision, and as quantized */
-  double weight_gradient;    /* of one linear layer at a time */
+  double weight_gradient;    /* of some rows of one linear layer at a time */
   double activations;        /* of one sample, with their gradients */
   double streams;            /* its samples' hidden states: target, quantized, and those behind the block */
   double learnables;         /* factors, LET, their gradients and moments */

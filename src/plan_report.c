@@ -48,7 +48,7 @@ static void print_memory(const struct plan *plan) {
   printf("\nmemory of a rank%s\n", card ? ", on the device" : "");
   print_bytes("weights of a block", memory->weights, "");
   print_bytes("effective weights", memory->effective, "");
-  print_bytes("gradient of the largest weight", memory->weight_gradient, "");
+  print_bytes("gradient of some rows of a weight", memory->weight_gradient, "");
   print_bytes("activations of a sample", memory->activations, "");
   print_bytes(card ? "streams of its samples, there too" : "streams of its samples", memory->streams, "");
   print_bytes("learnables and their optimizer", memory->learnables, "");

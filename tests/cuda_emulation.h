@@ -245,7 +245,7 @@ template <class P, class W, class R> void multiply(const P &p, W widen, R round)
     for (int64_t j = 0; j < p.n; j++) {
       float sum = p.bias ? widen(p.bias[j]) : 0;
       for (int64_t k = 0; k < p.k; k++)
-        sum += widen(p.transpose_a ? p.a[k * p.m + i] : p.a[i * p.k + k]) * widen(p.transpose_b ? p.b[j * p.k + k] : p.b[k * p.n + j]);
+        sum += widen(p.transpose_a ? p.a[k * p.lda + i] : p.a[i * p.lda + k]) * widen(p.transpose_b ? p.b[j * p.k + k] : p.b[k * p.n + j]);
       p.c[i * p.n + j] = round(p.add ? sum + widen(p.c[i * p.n + j]) : sum);
     }
 }
