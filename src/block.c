@@ -50,6 +50,30 @@ static int load_rope_table(struct block *block, struct error *error) {
   return 0;
 }
 
+enum { TENSOR_STEP = 16 }; /* elements: as model.h places tensors */
+
+/* Elements of the tensors that are not quantized, each beginning at a multiple of TENSOR_STEP. */
+static int64_t folded_elements(const struct model *model) {
+  int64_t elements = 0;
+  for (int i = 0; i < model->tensors; i++)
+    if (!model_quantizes(model, i))
+      elements += (model->tensor[i].rows * model->tensor[i].columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+  return elements;
+}
+
+static void place_tensors(struct block *block) {
+  const struct model *model = block->model;
+  int64_t folded = 0;
+  for (int i = 0; i < model->tensors; i++) {
+    const struct block_tensor *tensor = &model->tensor[i];
+    bool own = block->folded && !model_quantizes(model, i);
+    block->tensor[BLOCK_FULL][i] = data_at(block->k, block->weights, tensor->element_offset);
+    block->tensor[BLOCK_QUANTIZED][i] =
+        own ? data_at(block->k, block->folded, folded) : data_at(block->k, block->effective, tensor->element_offset);
+    if (own) folded += (tensor->rows * tensor->columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+  }
+}
+
 /* Rows of a weight whose gradient is made at a time. */
 static int64_t panel_rows(int64_t panel, int64_t rows, int64_t columns) {
   int64_t most = panel / columns;
@@ -72,6 +96,10 @@ static void largest(const struct model *model, int64_t *panel, int64_t *vector) 
 
 int block_init(struct block *block, const struct model *model, struct kernels *k, const struct block_use *use, struct error *error) {
   *block = (struct block){.model = model, .k = k, .tokens = use->tokens, .quantizer = {.abits = 16, .kv_bits = 16}};
+  block->of_weights = use->weights_in;
+  block->of_effective = use->effective_in;
+  block->weights = use->weights_in.memory;
+  block->effective = use->effective_in.memory;
   block->rows = (int64_t)use->tokens * model->experts_per_token;
   block->routing = (struct routing){.tokens = use->tokens, .experts = model->experts, .top = model->experts_per_token};
   size_t T = (size_t)use->tokens, rows = (size_t)block->rows, E = (size_t)model->experts, e = k->element_bytes,
@@ -80,11 +108,12 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
   size_t inner = rows * (size_t)model->ffn * e, routed = rows * (size_t)model->hidden * e;
   bool head_norm = has(block, NORM_Q), experts = model->experts > 0, own_n2 = !one_norm(block), hat = use->quantized_inputs,
        trained = use->trained;
-  int64_t vector;
+  int64_t vector, folded = use->effective ? folded_elements(model) : 0;
   largest(model, &block->panel, &vector);
   const struct buffer buffers[] = {
-      {&block->weights, (size_t)model->elements * e, true},
-      {&block->effective, (size_t)model->elements * e, use->effective},
+      {&block->weights, (size_t)model->elements * e, !block->weights},
+      {&block->effective, (size_t)model->elements * e, use->effective && !block->effective},
+      {&block->folded, (size_t)folded * e, use->effective},
       {&block->cosine, T * D / 2 * sizeof(float), model->rope.theta > 0},
       {&block->sine, T * D / 2 * sizeof(float), model->rope.theta > 0},
       {&block->n1, stream, true},
@@ -142,6 +171,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
   if (!block->offset || !block->expert_tokens) return error_set(error, ERROR_WORK, "out of memory for a block");
   if (!experts) block->offset[1] = use->tokens;
   if (!use->effective) block->effective = block->weights;
+  place_tensors(block);
   return block->cosine ? load_rope_table(block, error) : 0;
 }
 
@@ -154,22 +184,30 @@ void block_free(struct block *block) {
 
 /* ---- weights ---- */
 
+/* One of an image's tensors, or of one that is in common this rank's part. */
+static void load_tensor(struct block *block, data *to, const struct block_tensor *tensor, const void *image, const struct shared *in) {
+  int64_t first, end;
+  shared_part(in, tensor->rows * tensor->columns, &first, &end);
+  const char *from = (const char *)image + tensor->image_offset + (size_t)first * dtype_size(tensor->dtype);
+  block->k->load(block->k, data_at(block->k, to, first), from, tensor->dtype, end - first);
+}
+
 void block_load(struct block *block, const void *image) {
   const struct model *model = block->model;
-  for (int i = 0; i < model->tensors; i++) {
-    const struct block_tensor *tensor = &model->tensor[i];
-    block->k->load(block->k, block_tensor(block, BLOCK_FULL, i), (const char *)image + tensor->image_offset, tensor->dtype,
-                   tensor->rows * tensor->columns);
-  }
+  shared_barrier(&block->of_weights);
+  for (int i = 0; i < model->tensors; i++)
+    load_tensor(block, block_tensor(block, BLOCK_FULL, i), &model->tensor[i], image, &block->of_weights);
+  shared_barrier(&block->of_weights);
   block_restore(block);
 }
 
 void block_load_stored(struct block *block, const struct model *wide, const void *image) {
-  for (int i = 0; i < wide->tensors; i++) {
-    const struct block_tensor *tensor = &wide->tensor[i];
-    block->k->load(block->k, block_tensor(block, BLOCK_QUANTIZED, i), (const char *)image + tensor->image_offset, DTYPE_F32,
-                   tensor->rows * tensor->columns);
-  }
+  static const struct shared alone;
+  shared_barrier(&block->of_effective);
+  for (int i = 0; i < wide->tensors; i++)
+    load_tensor(block, block_tensor(block, BLOCK_QUANTIZED, i), &wide->tensor[i], image,
+                model_quantizes(wide, i) ? &block->of_effective : &alone);
+  shared_barrier(&block->of_effective);
 }
 
 void block_restore(struct block *block) {
@@ -182,8 +220,7 @@ void block_restore(struct block *block) {
 }
 
 data *block_tensor(const struct block *block, enum block_weights which, int tensor) {
-  const data *of = which == BLOCK_QUANTIZED ? block->effective : block->weights;
-  return tensor == ABSENT ? NULL : data_at(block->k, of, block->model->tensor[tensor].element_offset);
+  return tensor == ABSENT ? NULL : block->tensor[which][tensor];
 }
 
 /* ---- quantized activations ---- */

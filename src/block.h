@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "model.h"
 #include "recipe.h"
+#include "shared.h"
 
 enum {
   BLOCK_MOST_BUFFERS = 64,
@@ -31,7 +32,10 @@ struct block {
   struct activation_quantizer quantizer; /* of activations where BLOCK_QUANTIZED; may be changed between samples */
 
   data *weights;   /* all tensors of the block in full precision, at their element_offset */
-  data *effective; /* the same as the quantized block uses them: quantized, scaled, shifted; may be `weights` itself */
+  data *effective; /* those that are quantized, as the quantized block uses them, at the same place; may be `weights` itself */
+  data *folded;    /* the others, scaled and shifted: norms, biases, router; NULL where `effective` is `weights` */
+  data *tensor[2][MODEL_MAX_TENSORS];     /* each in full precision and effective */
+  struct shared of_weights, of_effective; /* who else has them: what block_use says */
 
   float *cosine, *sine; /* [T, D/2]; NULL without rotary positions */
 
@@ -84,13 +88,16 @@ struct block_use {
   bool effective;        /* effective weights beside the full ones; false: they are the same memory */
   bool quantized_inputs; /* activations may be quantized */
   bool trained;          /* backward will be called */
+  /* Memory that ranks have in common for model->elements each, of the caller's; {0}: the block allocates its own. */
+  struct shared weights_in, effective_in;
 };
 
-/* Allocates. `model` and `k` must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
+/* Allocates. `model`, `k` and memory in common must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
 int block_init(struct block *block, const struct model *model, struct kernels *k, const struct block_use *use, struct error *error);
 void block_free(struct block *block);
 
-/* Takes the full-precision tensors out of an image (model.h); effective ones that are not quantized become the same. */
+/* Takes the full-precision tensors out of an image (model.h), of those in common this rank's part; effective ones that are not quantized become the
+ * same. Collective over the ranks that have the weights in common, as block_load_stored is over those of the effective ones. */
 void block_load(struct block *block, const void *image /* host memory, model->image_bytes */);
 
 /* Takes the effective tensors, those that are quantized too, out of an image. */

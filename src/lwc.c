@@ -93,14 +93,18 @@ static struct rows_of_weight rows_of(const struct lwc *lwc, const struct block *
 }
 
 void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *let, const float *factor, bool at_rest) {
+  shared_barrier(&block->of_effective);
   for (int i = 0; i < block->model->linears; i++) {
     const struct linear *layer = &block->model->linear[i];
     if (!layer->quantized) continue;
-    struct row_range rows = {0, layer->rows};
+    int64_t first, end;
+    shared_part(&block->of_effective, layer->rows, &first, &end);
+    struct row_range rows = {first, end - first};
     struct rows_of_weight of = rows_of(lwc, block, let, i, rows, factor);
     data *w_hat = data_at(block->k, block_tensor(block, BLOCK_QUANTIZED, layer->weight), rows.first * layer->columns);
     lwc->k->quantize_forward(lwc->k, w_hat, of.w, &of.scales, of.hi, of.lo, &of.shape, at_rest);
   }
+  shared_barrier(&block->of_effective);
 }
 
 void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,

@@ -42,7 +42,8 @@ void lwc_update_factors(struct lwc *lwc);
 /* One layer rounded to nearest: its factors in factor[2 * groups] become 1. */
 void lwc_round(const struct lwc *lwc, int linear, float *factor);
 
-/* The block's effective weights = its weights, scaled by the latest let_fold and fake-quantized with these factors. */
+/* The block's effective weights = its weights, scaled by the latest let_fold and fake-quantized with these factors. Of weights that ranks have
+ * in common each does its part: collective over them, with the same factors. */
 void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *let,
                   const float *factor, /* [2 * groups], or NULL: round to nearest */
                   bool at_rest);       /* with the scale as stored */
