@@ -40,6 +40,7 @@ struct plan_memory {
   double output;             /* rank 0: blocks on their way to the store */
   double program;
   double device, host; /* sums: on the card, and in the host's memory of rank 0 */
+  double node;         /* in the host's memory of all ranks of rank 0's node, which hold weights on a CPU in common */
 };
 
 struct plan {
