@@ -83,7 +83,8 @@ static void find_memory(struct plan *plan, const struct rehearsal *work, int thr
   double computing = (double)work->allocated + memory->backend, common = card ? 0 : memory->weights + memory->effective;
   double neighbours = plan->ranks < machine->ranks_a_node ? plan->ranks : machine->ranks_a_node;
   /* Where no block follows, the image is given back before effective weights are made. */
-  double before = memory->image + memory->program, own = memory->program + (card ? 0 : computing - common) + (one && !card ? 0 : memory->image);
+  double before = memory->image + memory->program,
+         own = memory->program + (card ? 0 : computing - common) + (one && !card ? 0 : memory->image);
   memory->device = card ? computing : 0;
   memory->host = common + own + memory->output;
   memory->node = larger(common + own * neighbours + memory->output, (card ? 0 : memory->weights) + before * neighbours);

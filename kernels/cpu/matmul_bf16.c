@@ -20,7 +20,10 @@ static void round_to_bf16(uint16_t *to, const float *from, int64_t count) {
 
 /* Rows that lie `stride` apart, one behind the other. */
 static void round_rows_to_bf16(uint16_t *to, const float *from, int64_t rows, int64_t columns, int64_t stride) {
-  if (stride == columns) return round_to_bf16(to, from, rows * columns);
+  if (stride == columns) {
+    round_to_bf16(to, from, rows * columns);
+    return;
+  }
 #pragma omp parallel for schedule(static)
   for (int64_t r = 0; r < rows; r++)
 #pragma omp simd
