@@ -184,7 +184,12 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
 }
 
 void stream_release(struct stream *s) {
-  if (++s->item < s->source.items) item_begin(s);
+  if (++s->item < s->source.items) {
+    item_begin(s);
+    return;
+  }
+  free(s->buffer); /* nothing comes that would need it */
+  s->buffer = NULL;
 }
 
 void stream_close(struct stream *s) {
