@@ -167,7 +167,8 @@ struct kernels {
                                 const data *dy,              /* [T, C_out] */
                                 const data *w, int64_t tokens, int64_t columns, int64_t rows, bool add);
   void (*linear_backward_weight)(struct kernels *k, data *dw, /* [C_out, C_in] assigned */
-                                 const data *dy, const data *x, int64_t tokens, int64_t columns, int64_t rows);
+                                 const data *dy, /* [T, C_out], each row `stride` elements behind the one before: all of dy's, or some */
+                                 const data *x, int64_t tokens, int64_t columns, int64_t rows, int64_t stride);
 
   /* y[R] = W x and, the other way, y[C] += x^T W: what a bias gains when a shift is folded into it, and its gradient. fp32 throughout. */
   void (*matrix_vector)(struct kernels *k, float *y, /* [rows] assigned */

@@ -214,10 +214,10 @@ static void trace_linear_backward_input(struct kernels *k, data *dx, const data 
 }
 
 static void trace_linear_backward_weight(struct kernels *k, data *dw, const data *dy, const data *x, int64_t tokens, int64_t columns,
-                                         int64_t rows) {
+                                         int64_t rows, int64_t stride) {
   struct kernels *behind = multiplier(k);
   double since = begin(k);
-  if (behind) behind->linear_backward_weight(behind, dw, dy, x, tokens, columns, rows);
+  if (behind) behind->linear_backward_weight(behind, dw, dy, x, tokens, columns, rows, stride);
   note(k, k->bf16_products ? TRACE_linear_backward_weight_bf16 : TRACE_linear_backward_weight, product(tokens, columns, rows),
        product_bytes(k, tokens, columns, rows), since);
 }

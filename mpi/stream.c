@@ -175,6 +175,7 @@ static void memory_free(struct stream *s) {
   for (int i = 0; i < LANES && s->image; i++) s->k->lane_close(s->k, s->lane[i]);
   if (s->image) s->k->release(s->k, s->image);
   s->k->release_host(s->k, s->buffer);
+  s->image = s->buffer = NULL;
 }
 
 /* Where the device's memory is its own, the image there; on the host what MPI and the reader fill. False without memory. */
@@ -247,7 +248,11 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
 }
 
 void stream_release(struct stream *s) {
-  if (++s->item < s->source.items) item_begin(s);
+  if (++s->item < s->source.items) {
+    item_begin(s);
+    return;
+  }
+  memory_free(s); /* nothing comes that would need it */
 }
 
 void stream_close(struct stream *s) {

@@ -32,6 +32,13 @@ static void count_wait(struct world *world, double since) {
   world->waited_seconds += now() - since;
 }
 
+/* This rank's place on its node. */
+static void find_node(struct world *world) {
+  require(world, MPI_Comm_set_errhandler(world->node, MPI_ERRORS_RETURN), "error handler");
+  require(world, MPI_Comm_rank(world->node, &world->local_rank), "rank");
+  require(world, MPI_Comm_size(world->node, &world->local_size), "size");
+}
+
 int world_init(struct world *world, int *argc, char ***argv, struct error *error) {
   int provided;
   if (MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS || provided < MPI_THREAD_FUNNELED)
@@ -41,11 +48,8 @@ int world_init(struct world *world, int *argc, char ***argv, struct error *error
   MPI_Comm_set_errhandler(MPI_COMM_SELF, MPI_ERRORS_RETURN);
   require(world, MPI_Comm_rank(MPI_COMM_WORLD, &world->rank), "rank");
   require(world, MPI_Comm_size(MPI_COMM_WORLD, &world->size), "size");
-  MPI_Comm node;
-  require(world, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL, &node), "split by node");
-  require(world, MPI_Comm_rank(node, &world->local_rank), "rank");
-  require(world, MPI_Comm_size(node, &world->local_size), "size");
-  require(world, MPI_Comm_free(&node), "free");
+  require(world, MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, world->rank, MPI_INFO_NULL, &world->node), "split by node");
+  find_node(world);
   return 0;
 }
 
@@ -57,11 +61,15 @@ int world_join_team(struct world *world, int teams, struct world *team) {
   team->rank = world->rank % size;
   require(world, MPI_Comm_split(world->communicator, number, world->rank, &team->communicator), "split into teams");
   require(world, MPI_Comm_set_errhandler(team->communicator, MPI_ERRORS_RETURN), "error handler");
+  require(world, MPI_Comm_split(world->node, number, world->rank, &team->node), "split a node into teams");
+  find_node(team);
   return number;
 }
 
 void world_leave_team(struct world *team) {
-  if (team->communicator != MPI_COMM_NULL && team->communicator != MPI_COMM_WORLD) MPI_Comm_free(&team->communicator);
+  if (team->communicator == MPI_COMM_NULL || team->communicator == MPI_COMM_WORLD) return;
+  MPI_Comm_free(&team->communicator);
+  MPI_Comm_free(&team->node);
 }
 
 void world_watch(struct world *world) {
@@ -95,6 +103,7 @@ void world_release(struct world *world) {
 
 void world_finalize(struct world *world) {
   watch_close(world->watch);
+  MPI_Comm_free(&world->node);
   MPI_Finalize();
 }
 

@@ -14,8 +14,9 @@ struct device;
 
 struct world {
   int rank, size;             /* of all ranks */
-  int local_rank, local_size; /* among the ranks of this node */
+  int local_rank, local_size; /* among those of this node */
   MPI_Comm communicator;      /* of all ranks */
+  MPI_Comm node;              /* of those of this node */
   struct watch *watch;        /* over all ranks; NULL before world_watch, and where there is nobody to watch */
   struct device *device;      /* of device_open; NULL: all memory is the host's */
   double waited_seconds;      /* that this rank has spent in collectives over host memory, waiting for the others included; only grows */

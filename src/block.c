@@ -50,18 +50,56 @@ static int load_rope_table(struct block *block, struct error *error) {
   return 0;
 }
 
-/* Elements of the largest weight, and rows of the longest vector. */
-static void largest(const struct model *model, int64_t *matrix, int64_t *vector) {
-  *matrix = *vector = 0;
+enum { TENSOR_STEP = 16 }; /* elements: as model.h places tensors */
+
+/* Elements of the tensors that are not quantized, each beginning at a multiple of TENSOR_STEP. */
+static int64_t folded_elements(const struct model *model) {
+  int64_t elements = 0;
+  for (int i = 0; i < model->tensors; i++)
+    if (!model_quantizes(model, i))
+      elements += (model->tensor[i].rows * model->tensor[i].columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+  return elements;
+}
+
+static void place_tensors(struct block *block) {
+  const struct model *model = block->model;
+  int64_t folded = 0;
   for (int i = 0; i < model->tensors; i++) {
     const struct block_tensor *tensor = &model->tensor[i];
-    int64_t count = tensor->rows * tensor->columns, *most = tensor->dimensions == 2 ? matrix : vector;
+    bool own = block->folded && !model_quantizes(model, i);
+    block->tensor[BLOCK_FULL][i] = data_at(block->k, block->weights, tensor->element_offset);
+    block->tensor[BLOCK_QUANTIZED][i] =
+        own ? data_at(block->k, block->folded, folded) : data_at(block->k, block->effective, tensor->element_offset);
+    if (own) folded += (tensor->rows * tensor->columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+  }
+}
+
+/* Rows of a weight whose gradient is made at a time. */
+static int64_t panel_rows(int64_t panel, int64_t rows, int64_t columns) {
+  int64_t most = panel / columns;
+  if (most >= rows) return rows;
+  if (most < BLOCK_PANEL_STEP) return most > 1 ? most : 1;
+  return most - most % BLOCK_PANEL_STEP;
+}
+
+/* Elements of the largest part of a weight's gradient, and rows of the longest vector. */
+static void largest(const struct model *model, int64_t *panel, int64_t *vector) {
+  *panel = *vector = 0;
+  for (int i = 0; i < model->tensors; i++) {
+    const struct block_tensor *tensor = &model->tensor[i];
+    bool matrix = tensor->dimensions == 2;
+    int64_t rows = matrix ? panel_rows(BLOCK_PANEL, tensor->rows, tensor->columns) : tensor->rows, count = rows * tensor->columns;
+    int64_t *most = matrix ? panel : vector;
     if (count > *most) *most = count;
   }
 }
 
 int block_init(struct block *block, const struct model *model, struct kernels *k, const struct block_use *use, struct error *error) {
   *block = (struct block){.model = model, .k = k, .tokens = use->tokens, .quantizer = {.abits = 16, .kv_bits = 16}};
+  block->of_weights = use->weights_in;
+  block->of_effective = use->effective_in;
+  block->weights = use->weights_in.memory;
+  block->effective = use->effective_in.memory;
   block->rows = (int64_t)use->tokens * model->experts_per_token;
   block->routing = (struct routing){.tokens = use->tokens, .experts = model->experts, .top = model->experts_per_token};
   size_t T = (size_t)use->tokens, rows = (size_t)block->rows, E = (size_t)model->experts, e = k->element_bytes,
@@ -70,11 +108,12 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
   size_t inner = rows * (size_t)model->ffn * e, routed = rows * (size_t)model->hidden * e;
   bool head_norm = has(block, NORM_Q), experts = model->experts > 0, own_n2 = !one_norm(block), hat = use->quantized_inputs,
        trained = use->trained;
-  int64_t matrix, vector;
-  largest(model, &matrix, &vector);
+  int64_t vector, folded = use->effective ? folded_elements(model) : 0;
+  largest(model, &block->panel, &vector);
   const struct buffer buffers[] = {
-      {&block->weights, (size_t)model->elements * e, true},
-      {&block->effective, (size_t)model->elements * e, use->effective},
+      {&block->weights, (size_t)model->elements * e, !block->weights},
+      {&block->effective, (size_t)model->elements * e, use->effective && !block->effective},
+      {&block->folded, (size_t)folded * e, use->effective},
       {&block->cosine, T * D / 2 * sizeof(float), model->rope.theta > 0},
       {&block->sine, T * D / 2 * sizeof(float), model->rope.theta > 0},
       {&block->n1, stream, true},
@@ -107,7 +146,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
       {&block->routing.offset, (E + 1) * sizeof(int32_t), experts},
       {&block->expert_in, routed, experts},
       {&block->expert_out, routed, experts},
-      {&block->dw, (size_t)matrix * e, trained},
+      {&block->dw, (size_t)block->panel * e, trained},
       {&block->dvector, (size_t)vector * sizeof(float), trained},
       {&block->dbias, (size_t)vector * sizeof(float), trained},
       {&block->dq, wide_q, trained},
@@ -132,6 +171,7 @@ int block_init(struct block *block, const struct model *model, struct kernels *k
   if (!block->offset || !block->expert_tokens) return error_set(error, ERROR_WORK, "out of memory for a block");
   if (!experts) block->offset[1] = use->tokens;
   if (!use->effective) block->effective = block->weights;
+  place_tensors(block);
   return block->cosine ? load_rope_table(block, error) : 0;
 }
 
@@ -144,22 +184,30 @@ void block_free(struct block *block) {
 
 /* ---- weights ---- */
 
+/* One of an image's tensors, or of one that is in common this rank's part. */
+static void load_tensor(struct block *block, data *to, const struct block_tensor *tensor, const void *image, const struct shared *in) {
+  int64_t first, end;
+  shared_part(in, tensor->rows * tensor->columns, &first, &end);
+  const char *from = (const char *)image + tensor->image_offset + (size_t)first * dtype_size(tensor->dtype);
+  block->k->load(block->k, data_at(block->k, to, first), from, tensor->dtype, end - first);
+}
+
 void block_load(struct block *block, const void *image) {
   const struct model *model = block->model;
-  for (int i = 0; i < model->tensors; i++) {
-    const struct block_tensor *tensor = &model->tensor[i];
-    block->k->load(block->k, block_tensor(block, BLOCK_FULL, i), (const char *)image + tensor->image_offset, tensor->dtype,
-                   tensor->rows * tensor->columns);
-  }
+  shared_barrier(&block->of_weights);
+  for (int i = 0; i < model->tensors; i++)
+    load_tensor(block, block_tensor(block, BLOCK_FULL, i), &model->tensor[i], image, &block->of_weights);
+  shared_barrier(&block->of_weights);
   block_restore(block);
 }
 
 void block_load_stored(struct block *block, const struct model *wide, const void *image) {
-  for (int i = 0; i < wide->tensors; i++) {
-    const struct block_tensor *tensor = &wide->tensor[i];
-    block->k->load(block->k, block_tensor(block, BLOCK_QUANTIZED, i), (const char *)image + tensor->image_offset, DTYPE_F32,
-                   tensor->rows * tensor->columns);
-  }
+  static const struct shared alone;
+  shared_barrier(&block->of_effective);
+  for (int i = 0; i < wide->tensors; i++)
+    load_tensor(block, block_tensor(block, BLOCK_QUANTIZED, i), &wide->tensor[i], image,
+                model_quantizes(wide, i) ? &block->of_effective : &alone);
+  shared_barrier(&block->of_effective);
 }
 
 void block_restore(struct block *block) {
@@ -172,8 +220,7 @@ void block_restore(struct block *block) {
 }
 
 data *block_tensor(const struct block *block, enum block_weights which, int tensor) {
-  const data *of = which == BLOCK_QUANTIZED ? block->effective : block->weights;
-  return tensor == ABSENT ? NULL : data_at(block->k, of, block->model->tensor[tensor].element_offset);
+  return tensor == ABSENT ? NULL : block->tensor[which][tensor];
 }
 
 /* ---- quantized activations ---- */
@@ -376,8 +423,13 @@ static void layer_backward(struct block *block, int index, const data *dy, const
                            const struct gradient_sink *sink) {
   const struct linear *linear = &block->model->linear[index];
   if (tokens == 0) return;
-  block->k->linear_backward_weight(block->k, block->dw, dy, x, tokens, linear->columns, linear->rows);
-  sink->weight(sink->context, index, block->dw);
+  int64_t most = panel_rows(block->panel, linear->rows, linear->columns);
+  for (struct row_range rows = {0}; rows.first < linear->rows; rows.first += rows.count) {
+    rows.count = linear->rows - rows.first < most ? linear->rows - rows.first : most;
+    block->k->linear_backward_weight(block->k, block->dw, data_at(block->k, dy, rows.first), x, tokens, linear->columns, rows.count,
+                                     linear->rows);
+    sink->weight(sink->context, index, rows, block->dw);
+  }
   if (!sink->vector || linear->bias == ABSENT) return;
   block->k->column_sums(block->k, block->dbias, dy, tokens, linear->rows);
   sink->vector(sink->context, linear->bias, block->dbias);

@@ -11,8 +11,18 @@
 #include "kernels.h"
 #include "model.h"
 #include "recipe.h"
+#include "shared.h"
 
-enum { BLOCK_MOST_BUFFERS = 64 };
+enum {
+  BLOCK_MOST_BUFFERS = 64,
+  BLOCK_PANEL = 1 << 24, /* elements of a weight whose gradient is there at a time */
+  BLOCK_PANEL_STEP = 64  /* its rows are a multiple, so that it begins where products like it */
+};
+
+/* Rows [first, first + count) of a weight. */
+struct row_range {
+  int64_t first, count;
+};
 
 struct block {
   const struct model *model;
@@ -22,7 +32,10 @@ struct block {
   struct activation_quantizer quantizer; /* of activations where BLOCK_QUANTIZED; may be changed between samples */
 
   data *weights;   /* all tensors of the block in full precision, at their element_offset */
-  data *effective; /* the same as the quantized block uses them: quantized, scaled, shifted; may be `weights` itself */
+  data *effective; /* those that are quantized, as the quantized block uses them, at the same place; may be `weights` itself */
+  data *folded;    /* the others, scaled and shifted: norms, biases, router; NULL where `effective` is `weights` */
+  data *tensor[2][MODEL_MAX_TENSORS];     /* each in full precision and effective */
+  struct shared of_weights, of_effective; /* who else has them: what block_use says */
 
   float *cosine, *sine; /* [T, D/2]; NULL without rotary positions */
 
@@ -46,8 +59,9 @@ struct block {
   data *expert_in;        /* [rows, hidden] */
   data *expert_out;       /* [rows, hidden] */
 
-  /* Gradients; NULL unless trained. dw serves one weight at a time, dvector one norm or bias. */
+  /* Gradients; NULL unless trained. dw serves some rows of one weight at a time, dvector one norm or bias. */
   data *dw, *dq, *dk, *dv, *da, *dsum, *dh, *dn1, *dn2, *dgate, *dup;
+  int64_t panel; /* elements of dw; may be lowered between samples */
   float *dvector, *dbias;
   data *dlogits, *dexpert_in, *dexpert_out;
   float *dshare; /* [T, top] of the experts' weights */
@@ -61,7 +75,8 @@ enum block_weights { BLOCK_FULL, BLOCK_QUANTIZED };
 
 /* Receives gradients as soon as backward has them. */
 struct gradient_sink {
-  void (*weight)(void *context, int linear, const data *dw /* [C_out, C_in], valid during the call */);
+  /* A weight's, some rows at a time, in their order. */
+  void (*weight)(void *context, int linear, struct row_range rows, const data *dw /* [rows.count, C_in], valid during the call */);
   /* Norm weights and biases and linear biases; and weight() of the router. NULL: not wanted. */
   void (*vector)(void *context, int tensor, const float *d /* valid during the call */);
   void *context;
@@ -73,13 +88,16 @@ struct block_use {
   bool effective;        /* effective weights beside the full ones; false: they are the same memory */
   bool quantized_inputs; /* activations may be quantized */
   bool trained;          /* backward will be called */
+  /* Memory that ranks have in common for model->elements each, of the caller's; {0}: the block allocates its own. */
+  struct shared weights_in, effective_in;
 };
 
-/* Allocates. `model` and `k` must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
+/* Allocates. `model`, `k` and memory in common must outlive the block. Errors: ERROR_WORK (memory); block_free even then. */
 int block_init(struct block *block, const struct model *model, struct kernels *k, const struct block_use *use, struct error *error);
 void block_free(struct block *block);
 
-/* Takes the full-precision tensors out of an image (model.h); effective ones that are not quantized become the same. */
+/* Takes the full-precision tensors out of an image (model.h), of those in common this rank's part; effective ones that are not quantized become the
+ * same. Collective over the ranks that have the weights in common, as block_load_stored is over those of the effective ones. */
 void block_load(struct block *block, const void *image /* model->image_bytes, memory that k->load takes */);
 
 /* Takes the effective tensors, those that are quantized too, out of an image. */

@@ -210,6 +210,13 @@ static int open_device(struct run *run, struct error *error) {
   return world_agree(run->world, error);
 }
 
+/* Where memory is the host's, the ranks of a node hold one block between them: in full precision all of them, its effective weights each team. */
+static void open_shared(struct run *run) {
+  size_t bytes = (size_t)run->model.elements * run->k->element_bytes;
+  shared_open(&run->weights, run->world, bytes);
+  shared_open(&run->effective, &run->team, bytes);
+}
+
 static int open_work(struct run *run, struct error *error) {
   struct stream_source source = {run->items, image_bytes, read_image, run};
   struct block_use use = {.tokens = run->recipe->seqlen, .effective = true, .trained = true};
@@ -221,10 +228,13 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
-  if (stream_open(run->world, run->k, device_link(run->world), &source, &run->stream, error))
-    return error->code; /* first: it is collective, and what follows may fail on one rank alone */
+  stream_open(run->world, run->k, device_link(run->world), &source, &run->stream, error);
+  if (world_agree(run->world, error)) return error->code;
+  if (!run->k->owns) open_shared(run); /* collective; what follows may fail on one rank alone */
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
   open_streams(run);
+  use.weights_in = run->weights;
+  use.effective_in = run->effective;
   if (block_init(&run->block, &run->model, run->k, &use, error)) return error->code;
   if (open_target(run, observed, error)) return error->code;
   for (int i = 0; i < run->count && !error->code; i++)
@@ -523,6 +533,8 @@ static void run_free(struct run *run, struct error *error) {
   target_free(&run->target);
   let_statistics_free(&run->statistics);
   block_free(&run->block);
+  shared_close(&run->weights);
+  shared_close(&run->effective);
   run->k->close(run->k);
 }
 

@@ -36,6 +36,7 @@ struct evaluation {
   struct samples projected; /* [T, embedding] each, where that is not as wide */
   struct samples *last;     /* which of them the head reads */
   int32_t *ids;             /* [count, T] host */
+  struct shared weights;    /* of the block, as the ranks of a node have them in common */
   struct block block;
   struct stream *stream;
   double nll; /* sum of this rank's windows' means */
@@ -181,8 +182,11 @@ static int open_work(struct evaluation *e, struct error *error) {
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
   struct stream_source source = {items, item_bytes, read_item, e};
-  if (stream_open(e->world, e->k, device_link(e->world), &source, &e->stream, error))
-    return error->code; /* first: it is collective, and what follows may fail on one rank alone */
+  stream_open(e->world, e->k, device_link(e->world), &source, &e->stream, error);
+  if (world_agree(e->world, error)) return error->code;
+  /* Collective; what follows may fail on one rank alone. */
+  if (!e->k->owns) shared_open(&e->weights, e->world, (size_t)e->model.elements * e->k->element_bytes);
+  use.weights_in = e->weights;
   for (int i = 0; i < e->windows; i++) e->count += window_owner(e, i) == e->world->rank;
   size_t tokens = (size_t)e->count * (size_t)T;
   e->ids = calloc(tokens + 1, sizeof *e->ids);
@@ -216,6 +220,7 @@ static void evaluation_free(struct evaluation *e) {
   void *const device[] = {e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
   for (size_t i = 0; i < sizeof device / sizeof *device; i++) e->k->release(e->k, device[i]);
   block_free(&e->block);
+  shared_close(&e->weights);
   e->k->close(e->k);
 }
 

@@ -200,18 +200,16 @@ struct sink_context {
   float *gradient; /* [count] */
 };
 
-static void take_weight_gradient(void *context, int linear, const data *dw) {
+static void take_weight_gradient(void *context, int linear, struct row_range rows, const data *dw) {
   const struct sink_context *sink = context;
   struct learner *l = sink->learner;
   const struct linear *layer = &l->block->model->linear[linear];
-  struct weight_scales scales = let_scales(&l->let, linear);
   if (layer->quantized)
-    lwc_backward(&l->lwc, l->block, &l->let, linear, dw, in_training(l).factor, l->recipe->lwc ? sink->gradient : NULL, l->let.drow,
+    lwc_backward(&l->lwc, l->block, &l->let, linear, rows, dw, in_training(l).factor, l->recipe->lwc ? sink->gradient : NULL, l->let.drow,
                  l->let.dcolumn);
   else
-    l->k->scale_weight_backward(l->k, scales.row ? l->let.drow : NULL, scales.column ? l->let.dcolumn : NULL, dw,
-                                block_tensor(l->block, BLOCK_FULL, layer->weight), &scales, layer->rows, layer->columns);
-  let_backward_scales(&l->let, linear, l->let.drow, l->let.dcolumn, l->let.parameter, sink->gradient + 2 * l->lwc.groups);
+    let_backward_weight(&l->let, l->block, linear, rows, dw, l->let.drow, l->let.dcolumn);
+  let_backward_scales(&l->let, linear, rows, l->let.drow, l->let.dcolumn, l->let.parameter, sink->gradient + 2 * l->lwc.groups);
 }
 
 static void take_vector_gradient(void *context, int tensor, const float *d) {

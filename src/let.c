@@ -374,9 +374,21 @@ static void delta_backward(struct let *let, const struct let_side *side, const f
   let->k->expand_backward(let->k, gradient + let->delta[side->place], d, NULL, &side->map, count, false, sign);
 }
 
-void let_backward_scales(struct let *let, int linear, const float *drow, const float *dcolumn, const float *parameter, float *gradient) {
+void let_backward_weight(const struct let *let, const struct block *block, int linear, struct row_range rows, const data *dw, float *drow,
+                         float *dcolumn) {
   const struct linear *layer = &let->model->linear[linear];
-  if (let->row_at[linear] != ABSENT) side_backward(let, &let->row[linear], drow, layer->rows, parameter, gradient);
+  struct weight_scales scales = let_scales(let, linear);
+  const data *w = data_at(let->k, block_tensor(block, BLOCK_FULL, layer->weight), rows.first * layer->columns);
+  if (scales.row) scales.row += rows.first;
+  let->k->scale_weight_backward(let->k, scales.row ? drow + rows.first : NULL, scales.column ? dcolumn : NULL, dw, w, &scales, rows.count,
+                                layer->columns);
+}
+
+void let_backward_scales(struct let *let, int linear, struct row_range rows, const float *drow, const float *dcolumn,
+                         const float *parameter, float *gradient) {
+  const struct linear *layer = &let->model->linear[linear];
+  bool last = rows.first + rows.count == layer->rows;
+  if (last && let->row_at[linear] != ABSENT) side_backward(let, &let->row[linear], drow, layer->rows, parameter, gradient);
   if (let->column_at[linear] != ABSENT) side_backward(let, &let->column[linear], dcolumn, layer->columns, parameter, gradient);
 }
 

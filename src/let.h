@@ -72,9 +72,16 @@ void let_fold(struct let *let, struct block *block, const float *parameter /* [c
 /* What a linear layer's weight is multiplied by since the latest let_fold. */
 struct weight_scales let_scales(const struct let *let, int linear);
 
-/* Gradients, added to gradient[count]: from those of a linear layer's scales (NULL where let_scales has NULL), and of a folded norm or
- * bias. For the parameters of the latest let_fold. */
-void let_backward_scales(struct let *let, int linear, const float *drow, const float *dcolumn, const float *parameter, float *gradient);
+/* The gradients of the scales of a weight that is not quantized, from that of some of its rows. */
+void let_backward_weight(const struct let *let, const struct block *block, int linear, struct row_range rows,
+                         const data *dw, /* [rows.count, C_in] */
+                         float *drow /* [C_out], entries of `rows` assigned */, float *dcolumn /* [C_in] of these rows alone */);
+
+/* Gradients, added to gradient[count]: from those of a linear layer's scales (not read where let_scales has NULL), and of a folded norm or
+ * bias. For the parameters of the latest let_fold. A weight's come by rows, in their order: each time dcolumn of these rows alone, and with the
+ * last of them drow of all. */
+void let_backward_scales(struct let *let, int linear, struct row_range rows, const float *drow, const float *dcolumn,
+                         const float *parameter, float *gradient);
 void let_backward_vector(struct let *let, const struct block *block, int tensor, const float *d, const float *parameter, float *gradient);
 
 /* Name of a place as it is stored: "attention_norm". */

@@ -42,15 +42,18 @@ void lwc_update_factors(struct lwc *lwc);
 /* One layer rounded to nearest: its factors in factor[2 * groups] become 1. */
 void lwc_round(const struct lwc *lwc, int linear, float *factor);
 
-/* The block's effective weights = its weights, scaled by the latest let_fold and fake-quantized with these factors. */
+/* The block's effective weights = its weights, scaled by the latest let_fold and fake-quantized with these factors. Of weights that ranks have
+ * in common each does its part: collective over them, with the same factors. */
 void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *let,
                   const float *factor, /* [2 * groups], or NULL: round to nearest */
                   bool at_rest);       /* with the scale as stored */
 
-/* The part of one layer's of gradient[2 * groups] of the factors (NULL: not wanted), and the gradients of its weight's scales where let_scales has
- * them, from that of its effective weight as training quantizes it (lwc_quantize with at_rest = stored_scale). */
-void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, const data *dw,
+/* Of some rows of one layer's weight: their part of gradient[2 * groups] of the factors (NULL: not wanted) and, where let_scales has them, the
+ * gradients of their scales and what they add to those of the columns', from that of the effective weight as training quantizes it
+ * (lwc_quantize with at_rest = stored_scale). */
+void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
+                  const data *dw,      /* [rows.count, C_in] */
                   const float *factor, /* as given to lwc_quantize */
-                  float *gradient, float *drow /* [C_out] */, float *dcolumn /* [C_in] */);
+                  float *gradient, float *drow /* [C_out], entries of `rows` assigned */, float *dcolumn /* [C_in] of these rows alone */);
 
 #endif

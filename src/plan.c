@@ -85,32 +85,33 @@ static void find_memory(struct plan *plan, const struct rehearsal *work, int thr
   const struct model *model = &plan->model;
   const struct machine *machine = &plan->machine;
   struct plan_memory *memory = &plan->memory;
-  double element = machine->element_bytes, largest = 0;
-  for (int i = 0; i < model->tensors; i++)
-    if (model->tensor[i].dimensions == 2) largest = larger(largest, (double)model->tensor[i].rows * (double)model->tensor[i].columns);
+  double element = machine->element_bytes;
   int arrays = 3 + (plan->recipe.aug_loss ? 1 : 0);
   *memory = (struct plan_memory){0};
   memory->weights = memory->effective = (double)model->elements * element;
-  memory->weight_gradient = largest * element;
+  memory->weight_gradient = (double)work->gradient_allocated;
   memory->activations = (double)work->block_allocated - 2 * memory->weights - memory->weight_gradient;
   memory->streams = (double)arrays * work->samples * plan->recipe.seqlen * model->hidden * element;
   memory->learnables = (double)(work->allocated - work->block_allocated) - memory->streams;
   memory->image = (double)model->image_bytes;
-  memory->output = 3 * plan->output_bytes_a_block; /* the record, its file, and the one that is being written */
+  bool card = machine->device_memory > 0, one = model->blocks == 1;
+  memory->output = (one ? 2 : 3) * plan->output_bytes_a_block; /* the record, its file, and the one that is being written */
   memory->program = machine->host_overhead;
-  bool card = machine->device_memory > 0;
   memory->backend = card ? machine->device_overhead : attention_scratch(plan, threads);
-  double computing = (double)work->allocated + memory->backend;
+  double computing = (double)work->allocated + memory->backend, common = card ? 0 : memory->weights + memory->effective;
+  double neighbours = plan->ranks < machine->ranks_a_node ? plan->ranks : machine->ranks_a_node;
   if (card) place_streams(plan, arrays, computing - memory->streams + memory->image, work->samples);
-  memory->host = memory->image + memory->output + memory->program + (card ? memory->streams_on_host : computing);
+  /* Where no block follows, the image is given back before effective weights are made. */
+  double before = memory->image + memory->program,
+         own = memory->program + (card ? memory->streams_on_host : computing - common) + (one && !card ? 0 : memory->image);
+  memory->host = common + own + memory->output;
+  memory->node = larger(common + own * neighbours + memory->output, (card ? 0 : memory->weights) + before * neighbours);
 }
 
 /* Whether all is there: on the card, and on the node of rank 0. */
 static bool fits(const struct plan *plan) {
   const struct machine *machine = &plan->machine;
-  double neighbours = plan->ranks < machine->ranks_a_node ? plan->ranks : machine->ranks_a_node;
-  double node = plan->memory.host * neighbours - plan->memory.output * (neighbours - 1);
-  return node <= machine->host_memory && (machine->device_memory == 0 || plan->memory.device <= machine->device_memory);
+  return plan->memory.node <= machine->host_memory && (machine->device_memory == 0 || plan->memory.device <= machine->device_memory);
 }
 
 static void find_traffic(struct plan *plan, const struct rehearsal *work) {

@@ -31,7 +31,7 @@ const char *plan_part_name(int part);
 /* Bytes of one rank, the one with the most samples. */
 struct plan_memory {
   double weights, effective; /* of a block: in full precision, and as quantized */
-  double weight_gradient;    /* of one linear layer at a time */
+  double weight_gradient;    /* of some rows of one linear layer at a time */
   double activations;        /* of one sample, with their gradients */
   double streams;            /* its samples' hidden states: target, quantized, and those behind the block */
   double streams_on_host;    /* of them what a card has no room for (samples.h), */
@@ -42,6 +42,7 @@ struct plan_memory {
   double output;             /* rank 0: blocks on their way to the store */
   double program;
   double device, host; /* sums: on the card, and in the host's memory of rank 0 */
+  double node;         /* in the host's memory of all ranks of rank 0's node, which hold weights on a CPU in common */
 };
 
 struct plan {

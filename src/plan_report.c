@@ -48,7 +48,7 @@ static void print_memory(const struct plan *plan) {
   printf("\nmemory of a rank%s\n", card ? ", on the device" : "");
   print_bytes("weights of a block", memory->weights, "");
   print_bytes("effective weights", memory->effective, "");
-  print_bytes("gradient of the largest weight", memory->weight_gradient, "");
+  print_bytes("gradient of some rows of a weight", memory->weight_gradient, "");
   print_bytes("activations of a sample", memory->activations, "");
   print_bytes(card ? "streams of its samples, there too" : "streams of its samples",
               memory->streams - memory->streams_on_host + memory->windows,
@@ -65,6 +65,7 @@ static void print_memory(const struct plan *plan) {
   print_bytes("blocks being stored (rank 0)", memory->output, "");
   print_bytes("program", memory->program, "");
   print_bytes(card ? "all, on the host" : "all (rank 0)", memory->host, "");
+  if (memory->node > memory->host) print_bytes("all ranks of its node", memory->node, card ? "" : ", which hold weights in common");
 }
 
 static void print_traffic(const struct plan *plan) {
@@ -112,11 +113,11 @@ static json_t *parts_json(const double parts[PLAN_PARTS], double sum) {
 }
 
 static json_t *memory_json(const struct plan_memory *memory) {
-  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
+  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
                    memory->effective, "weight_gradient", memory->weight_gradient, "activations", memory->activations, "streams",
                    memory->streams, "streams_on_host", memory->streams_on_host, "learnables", memory->learnables, "backend",
                    memory->backend, "image", memory->image, "output", memory->output, "program", memory->program, "device", memory->device,
-                   "host", memory->host);
+                   "host", memory->host, "node", memory->node);
 }
 
 /* What bench/simulate.py needs of the work. */

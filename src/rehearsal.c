@@ -81,6 +81,7 @@ static int open_and_run(struct rehearsed *r, struct kernels *k, const struct mod
                         bool computing, struct rehearsal *rehearsal, struct error *error) {
   if (rank_open_block(&r->rank, model, recipe, k, error)) return error->code;
   rehearsal->block_allocated = r->trace.allocated;
+  rehearsal->gradient_allocated = (size_t)r->rank.block.panel * r->rank.k->element_bytes;
   if (rank_open_learner(&r->rank, recipe, ranks, error) || (computing && rank_fill(&r->rank, error))) return error->code;
   return run(r, ranks, rehearsal, error);
 }

@@ -15,6 +15,7 @@ struct rehearsal {
   struct trace sample, forward; /* one sample's part of a step; one forward pass of it without training */
   size_t allocated;             /* bytes of device memory */
   size_t block_allocated;       /* of it for the block itself */
+  size_t gradient_allocated;    /* of that for a weight's gradient, some rows at a time */
   int64_t learnables;           /* parameters */
   int samples;                  /* of the rank */
   int steps;                    /* of the block */

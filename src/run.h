@@ -71,6 +71,7 @@ struct run {
   struct model wide; /* the same with all tensors in F32: how a stored block is sent */
   struct kernels *k;
   struct shard shard;
+  struct shared weights, effective; /* of the block, as the ranks of a node, and of this team, have them in common */
   struct block block;
   struct let_statistics statistics;
   struct target target;

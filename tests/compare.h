@@ -46,7 +46,7 @@ struct memory {
   struct {
     void *at;
     bool device;
-  } slot[400];
+  } slot[800];
 };
 
 static inline void *memory_keep(struct memory *memory, void *at, bool device) {

@@ -30,10 +30,12 @@ struct gradients {
   float *of[MODEL_MAX_TENSORS];
 };
 
-static void take_weight(void *context, int linear, const data *dw) {
+static void take_weight(void *context, int linear, struct row_range rows, const data *dw) {
   struct gradients *gradients = context;
   const struct linear *layer = &gradients->block->model->linear[linear];
-  gradients->of[layer->weight] = fetched_data(gradients->memory, dw, layer->rows * layer->columns);
+  float **of = &gradients->of[layer->weight];
+  if (rows.first == 0) *of = host_floats(gradients->memory, layer->rows * layer->columns);
+  gradients->memory->k->fetch(gradients->memory->k, *of + rows.first * layer->columns, dw, rows.count * layer->columns);
 }
 
 static void take_vector(void *context, int tensor, const float *d) {
@@ -57,6 +59,7 @@ static void pass_run(struct pass *pass, struct kernels *k, struct fixture *f, co
   pass->gradients = (struct gradients){&pass->block, d, {0}};
   struct gradient_sink sink = {take_weight, take_vector, &pass->gradients};
   open_block(&pass->block, f, k, true);
+  pass->block.panel = SMALL_PANEL;
   block_load(&pass->block, f->image[TRAINED]);
   copy_weights(&pass->block);
   data *dev_x = device_data(d, x, n), *y = poisoned_data(d, n), *dx = poisoned_data(d, n);

@@ -34,7 +34,12 @@ static void do_linear_backward_input(struct kernels *k, void **at, const void *s
 }
 static void do_linear_backward_weight(struct kernels *k, void **at, const void *shape) {
   const struct linear_case *s = shape;
-  k->linear_backward_weight(k, at[0], at[1], at[2], s->tokens, s->columns, s->rows);
+  k->linear_backward_weight(k, at[0], at[1], at[2], s->tokens, s->columns, s->rows, s->rows);
+}
+/* The first half of the rows. */
+static void do_linear_backward_rows(struct kernels *k, void **at, const void *shape) {
+  const struct linear_case *s = shape;
+  k->linear_backward_weight(k, at[0], at[1], at[2], s->tokens, s->columns, (s->rows + 1) / 2, s->rows);
 }
 static void do_vectors(struct kernels *k, void **at, const void *shape) {
   const struct linear_case *s = shape;
@@ -67,6 +72,8 @@ static void linear_layers(void **context) {
     compare("linear", do_linear_backward_input, s, input, 3);
     struct argument weight[] = {data_out(&bounds[2], NULL, nw), data_in(y, ny), data_in(x, nx)};
     compare("linear", do_linear_backward_weight, s, weight, 3);
+    struct argument rows[] = {data_out(&bounds[2], NULL, (s->rows + 1) / 2 * s->columns), data_in(y, ny), data_in(x, nx)};
+    compare("linear, some rows", do_linear_backward_rows, s, rows, 3);
     struct argument vectors[] = {floats_out(&bounds[3], NULL, s->rows), floats_out(&bounds[4], v, s->columns), data_in(w, nw),
                                  floats_in(v, s->columns), floats_in(u, s->rows)};
     compare("vectors", do_vectors, s, vectors, 5);

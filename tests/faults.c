@@ -11,9 +11,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/types.h>
 
-const char *const fault_names[FAULTS] = {"read", "hiccup", "write", "fsync", "rename", "open", "malloc", "collective", "poll"};
+const char *const fault_names[FAULTS] = {"read", "hiccup", "write", "fsync", "rename", "open", "malloc", "collective", "poll", "map"};
 
 static atomic_int armed = -1;
 static atomic_long calls, due;
@@ -75,6 +76,10 @@ WRAP(FAULT_MALLOC, ENOMEM, NULL, void *, realloc, (void *memory, size_t bytes), 
 WRAP(FAULT_MALLOC, ENOMEM, NULL, void *, aligned_alloc, (size_t alignment, size_t bytes), (alignment, bytes))
 WRAP(FAULT_MALLOC, ENOMEM, NULL, char *, strdup, (const char *text), (text))
 
+WRAP(FAULT_MAP, ENOMEM, -1, int, memfd_create, (const char *name, unsigned flags), (name, flags))
+WRAP(FAULT_MAP, ENOMEM, MAP_FAILED, void *, mmap, (void *at, size_t bytes, int access, int flags, int fd, off_t offset),
+     (at, bytes, access, flags, fd, offset))
+
 int __wrap_asprintf(char **text, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int __wrap_asprintf(char **text, const char *format, ...) {
   va_list arguments;
@@ -108,4 +113,6 @@ WRAP_MPI(MPI_Sendrecv,
           int from, int in_tag, MPI_Comm comm, MPI_Status *status),
          (out, out_count, out_type, to, out_tag, in, in_count, in_type, from, in_tag, comm, status))
 WRAP_MPI(MPI_Comm_split, (MPI_Comm comm, int color, int key, MPI_Comm *out), (comm, color, key, out))
+WRAP_MPI(MPI_Comm_split_type, (MPI_Comm comm, int type, int key, MPI_Info info, MPI_Comm *out), (comm, type, key, info, out))
+WRAP_MPI(MPI_Barrier, (MPI_Comm comm), (comm))
 WRAP_MPI(MPI_Comm_dup, (MPI_Comm comm, MPI_Comm *out), (comm, out))

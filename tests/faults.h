@@ -1,4 +1,4 @@
-/* faults.h: makes one call fail: the n-th read (for good, or as a hiccup: once), write, fsync, rename, open, allocation, MPI call or poll of MPI of this
+/* faults.h: makes one call fail: the n-th read (for good, or as a hiccup: once), write, fsync, rename, open, allocation, MPI call, poll of MPI or mapping of this
  * program's own code. The calls are
  * taken over by the linker (--wrap, tests/CMakeLists.txt), so the program itself knows nothing of it. */
 #ifndef OMNIQUANT_FAULTS_H
@@ -14,6 +14,7 @@ enum fault {
   FAULT_MALLOC,
   FAULT_COLLECTIVE,
   FAULT_POLL,
+  FAULT_MAP,
   FAULTS
 };
 

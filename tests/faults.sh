@@ -41,8 +41,17 @@ calls() {
   sed -n "s/^calls of $1 on rank $2: //p" "$work/log"
 }
 
+# Both ranks hold all weights by themselves when one of them cannot have memory in common.
+does_without() {
+  OMNIQUANT_FAULT="$1 1 $2" run alone || { cat "$work/log" && return 1; }
+  grep -q 'memory in common cannot be had' "$work/log" && "$helper" compare "$work/reference" "$work/alone" && rm -rf "$work/alone"
+}
+
 check "an undisturbed run" run reference
-for kind in ${OMNIQUANT_FAULT_KINDS:-malloc read write open collective poll}; do
+check "nothing is said of memory in common" test -z "$(grep 'in common' "$work/log")"
+check "memory in common that cannot be mapped" does_without map 1
+check "memory in common that cannot be opened" does_without open 1
+for kind in ${OMNIQUANT_FAULT_KINDS:-malloc read write open collective poll map}; do
   for rank in 0 1; do
     total=$(calls "$kind" $rank)
     [ "${total:-0}" -gt 0 ] || continue

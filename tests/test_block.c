@@ -74,13 +74,23 @@ struct gradients {
   struct block *block;
   struct memory *memory;
   float *of[MODEL_MAX_TENSORS];
+  int64_t rows[MODEL_MAX_TENSORS]; /* of a weight that have come */
+  int panels;                      /* that were not a whole weight */
 };
 
-static void take_weight(void *context, int linear, const data *dw) {
+static void take_weight(void *context, int linear, struct row_range rows, const data *dw) {
   struct gradients *gradients = context;
+  struct kernels *k = gradients->memory->k;
   const struct linear *layer = &gradients->block->model->linear[linear];
-  assert_null(gradients->of[layer->weight]);
-  gradients->of[layer->weight] = fetched_data(gradients->memory, dw, layer->rows * layer->columns);
+  if (rows.first == 0) {
+    assert_null(gradients->of[layer->weight]);
+    gradients->of[layer->weight] = host_floats(gradients->memory, layer->rows * layer->columns);
+  }
+  assert_int_equal(rows.first, gradients->rows[layer->weight]);
+  assert_true(rows.count * layer->columns <= gradients->block->panel);
+  gradients->rows[layer->weight] += rows.count;
+  gradients->panels += rows.count < layer->rows;
+  k->fetch(k, gradients->of[layer->weight] + rows.first * layer->columns, dw, rows.count * layer->columns);
 }
 
 static void take_vector(void *context, int tensor, const float *d) {
@@ -123,11 +133,13 @@ static void check_gradient(struct bound *bound, struct memory *d, struct fixture
   bound_check(bound, peak_error(mine, widened(d, want, count), count), place);
 }
 
-static void check_backward(struct bound *bound, struct fixture *f, struct kernels *k, const char *where) {
+/* panel 0: every weight's gradient in one piece. */
+static void check_backward(struct bound *bound, struct fixture *f, struct kernels *k, int64_t panel, const char *where) {
   struct memory d = {.k = k};
   struct block block;
   int64_t n = hidden_count(f);
   open_block(&block, f, k, true);
+  if (panel) block.panel = panel;
   block_load(&block, f->image[TRAINED]);
   copy_weights(&block);
   data *x = device_data(&d, hidden(f, TRAINED), n), *dx = poisoned_data(&d, n), *again = poisoned_data(&d, n);
@@ -137,6 +149,7 @@ static void check_backward(struct bound *bound, struct fixture *f, struct kernel
   struct gradients without = backward(&d, &block, BLOCK_FULL, false, NULL, dy, x); /* the input's and vectors' left out, as for clipping */
   struct gradients vectors = backward(&d, &block, BLOCK_FULL, true, NULL, dy, x);  /* the input's left out, as for LET */
   float *got = fetched_data(&d, dx, n);
+  assert_int_equal(full.panels > 0, panel > 0);
   bound_check(bound, peak_error(got, widened(&d, expected_floats(&d, f->expected, n, "dx"), n), n), where);
   assert_memory_equal(fetched_data(&d, again, n), got, (size_t)n * sizeof *got);
   for (int i = 0; i < f->model.tensors; i++) {
@@ -157,7 +170,10 @@ static void backward_is_that_of_autograd(void **context) {
     struct bound bound = {folders[i], 2e-5, 0};
     struct fixture f;
     fixture_open(&f, folders[i], "expected.safetensors");
-    for (struct walk walk = {0}; walk_next(&walk);) check_backward(&bound, &f, walk.k, walk.name);
+    for (struct walk walk = {0}; walk_next(&walk);) {
+      check_backward(&bound, &f, walk.k, 0, walk.name);
+      check_backward(&bound, &f, walk.k, SMALL_PANEL, walk.name);
+    }
     fixture_close(&f);
     bound_print(&bound, 1);
   }
@@ -323,7 +339,9 @@ static void check_layers(struct memory *d, struct lwc *lwc, struct block *block,
       assert_memory_equal(fetched_data(d, block_tensor(block, BLOCK_QUANTIZED, block->model->linear[i].weight), count),
                           fetched_data(d, w_hat, count), (size_t)count * sizeof(float));
       k->quantize_backward(k, df_hi, df_lo, NULL, NULL, dw, w, NULL, hi, lo, &lwc->shape[i], lwc->stored_scale);
-      lwc_backward(lwc, block, none, i, dw, lwc->factor, gradient, NULL, NULL);
+      struct row_range upper = {0, lwc->shape[i].rows / 3}, lower = {upper.count, lwc->shape[i].rows - upper.count};
+      lwc_backward(lwc, block, none, i, lower, data_at(k, dw, upper.count * lwc->shape[i].columns), lwc->factor, gradient, NULL, NULL);
+      lwc_backward(lwc, block, none, i, upper, dw, lwc->factor, gradient, NULL, NULL);
       assert_memory_equal(fetched_floats(d, factors_of(lwc, gradient, i, 0), groups), fetched_floats(d, df_hi, groups), bytes);
       assert_memory_equal(fetched_floats(d, factors_of(lwc, gradient, i, 1), groups), fetched_floats(d, df_lo, groups), bytes);
     }

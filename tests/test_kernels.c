@@ -99,10 +99,16 @@ static void check_linear(struct bound *bounds, const struct linear_shape *s, boo
     bound_check(&bounds[1], gradient_error(&d, &dx_added, fetched_data(&d, dx, nx), nx), walk.name);
     data *dw = poisoned_data(&d, nw);
     again = poisoned_data(&d, nw);
-    k->linear_backward_weight(k, dw, dev_dy, dev_x, s->tokens, s->columns, s->rows);
+    k->linear_backward_weight(k, dw, dev_dy, dev_x, s->tokens, s->columns, s->rows, s->rows);
     bound_check(&bounds[2], gradient_error(&d, &dw_want, fetched_data(&d, dw, nw), nw), walk.name);
-    k->linear_backward_weight(k, again, dev_dy, dev_x, s->tokens, s->columns, s->rows);
+    k->linear_backward_weight(k, again, dev_dy, dev_x, s->tokens, s->columns, s->rows, s->rows);
     check_same(&d, dw, again, nw);
+    int64_t first = s->rows / 3, some = s->rows - s->rows / 2; /* by some of dy's columns alone, the same rows */
+    data *panel = poisoned_data(&d, some * s->columns);
+    k->linear_backward_weight(k, panel, data_at(k, dev_dy, first), dev_x, s->tokens, s->columns, some, s->rows);
+    const float *rows = fetched_data(&d, data_at(k, dw, first * s->columns), some * s->columns);
+    bound_check(&bounds[3], peak_error(fetched_data(&d, panel, some * s->columns), widened(&d, rows, some * s->columns), some * s->columns),
+                walk.name);
     memory_free(&d);
   }
   memory_free(&m);
@@ -110,11 +116,14 @@ static void check_linear(struct bound *bounds, const struct linear_shape *s, boo
 
 static void linear_layers(void **context) {
   (void)context;
-  struct bound bounds[] = {{"linear_forward", 3e-6, 0}, {"linear_backward_input", 3e-6, 0}, {"linear_backward_weight", 3e-6, 0}};
+  struct bound bounds[] = {{"linear_forward", 3e-6, 0},
+                           {"linear_backward_input", 3e-6, 0},
+                           {"linear_backward_weight", 3e-6, 0},
+                           {"linear_backward_weight of some rows", 3e-6, 0}};
   const struct linear_shape shapes[] = {{1, 1, 1}, {17, 33, 29}, {70, 96, 131}};
   for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
     for (int bf16 = 0; bf16 < 2; bf16++) check_linear(bounds, &shapes[i], bf16);
-  bound_print(bounds, 3);
+  bound_print(bounds, 4);
 }
 
 /* ---- products with one vector ---- */

@@ -196,9 +196,12 @@ static void check_quantized(struct setup *s, const char *folder) {
   learner_quantize(l, (struct learned){l->lwc.factor, l->let.parameter}, false);
   const float *got = output(s, BLOCK_QUANTIZED), *want = expected_floats(&s->memory, s->f->expected, n, "y");
   bound_check(&s->bounds[OUTPUT], peak_error(got, widened(&s->memory, want, n), n), s->where);
-  learner_backward(l, l->gradient, dy, s->x);
-  s->k->sigmoid_backward(s->k, l->gradient, l->gradient, l->lwc.parameter, 2 * l->lwc.groups);
-  check_gradients(s, fetched_floats(&s->memory, l->gradient, l->count));
+  for (int panels = 0; panels < 2; panels++) { /* whole weights, and some rows at a time */
+    if (panels) s->block.panel = SMALL_PANEL;
+    learner_backward(l, l->gradient, dy, s->x);
+    s->k->sigmoid_backward(s->k, l->gradient, l->gradient, l->lwc.parameter, 2 * l->lwc.groups);
+    check_gradients(s, fetched_floats(&s->memory, l->gradient, l->count));
+  }
 }
 
 /* ---- the tests ---- */

@@ -163,6 +163,30 @@ static void test_public_models(void **state) {
   }
 }
 
+/* Falcon-180B: on CPUs a node's ranks hold a block between them, on cards each its own; of the largest weight's 3.3 GiB of gradient a part is there. */
+static void test_ranks_of_a_node(void **state) {
+  (void)state;
+  const int ranks = 4;
+  const double H = 14848, weights = 4 * ((H + 2 * 8 * 64) * H + H * H + 2 * 4 * H * H + 4 * H);
+  struct recipe recipe;
+  recipe_init(&recipe);
+  recipe.batch = ranks;
+  for (int card = 0; card < 2; card++) {
+    struct plan_options apart = options_of("falcon-180b", card ? "h100" : NULL, ranks), together = apart;
+    apart.ranks_a_node = 1;
+    together.ranks_a_node = ranks;
+    struct plan *one = make(&apart, &recipe), *all = make(&together, &recipe);
+    assert_true(one->memory.node == one->memory.host);
+    assert_true(all->memory.host == one->memory.host);
+    double spared = ranks * one->memory.node - all->memory.node, other_outputs = (ranks - 1) * one->memory.output;
+    assert_true(fabs(spared - other_outputs - (card ? 0 : (ranks - 1) * 2 * weights)) < 1);
+    assert_true(one->memory.weight_gradient <= BLOCK_PANEL * one->machine.element_bytes);
+    assert_true(one->memory.weight_gradient > 0.8 * BLOCK_PANEL * one->machine.element_bytes);
+    free(one);
+    free(all);
+  }
+}
+
 /* A step of LLaMA-2-7B by the formulas: T = 2048 tokens, H = 4096, F = 11008, one sample. Nothing learns from q, k and v's inputs. */
 static void test_step_of_llama_2_7b(void **state) {
   (void)state;
@@ -326,6 +350,7 @@ int main(void) {
       cmocka_unit_test(test_traced_backend_computes_the_same),
       cmocka_unit_test(test_rehearsal_without_backend),
       cmocka_unit_test(test_public_models),
+      cmocka_unit_test(test_ranks_of_a_node),
       cmocka_unit_test(test_step_of_llama_2_7b),
       cmocka_unit_test(test_times_by_hand),
       cmocka_unit_test(test_limits),

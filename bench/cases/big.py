@@ -1,14 +1,17 @@
 """Shapes that no demo model has, on this machine's CPU: one block of LLaMA-2-70B and of Falcon-180B, and a checkpoint larger than memory.
 
-The blocks have random bf16 weights and are trained for one step on two samples of 32 tokens, W3 in groups of 128. The large checkpoint is a file of
-holes with blocks of LLaMA-2-70B: reading it moves zeros through the whole program, rounded to nearest. A run that `omniquant plan` says does not
-fit into what memory is free is not started; its row has the plan alone.
+The blocks have random bf16 weights and are trained for one step on two samples, W3: of 70B in groups of 128 with 32 tokens, of 180B in groups of 512
+with 64. The large checkpoint is a file of holes with blocks of LLaMA-2-70B: reading it moves zeros through the whole program, rounded to nearest. A
+run that `omniquant plan` says does not fit into what memory is free is not started; its row has the plan alone.
 """
 
 import json
 import os
+import re
 import shutil
 import struct
+import subprocess
+import threading
 from pathlib import Path
 
 from harness import ROOT
@@ -21,13 +24,19 @@ COLUMNS = {
     "checkpoint_gb": "bytes that are read of it, 10^9",
     "block_seconds": "mean of the blocks, as the store tells them",
     "run_seconds": "the whole run",
-    "peak_mib": "the largest resident set that any rank had",
+    "peak_mib": "the largest resident set that any rank had; what ranks have in common counts in each",
     "planned_mib": "what `omniquant plan` says of rank 0",
+    "node_mib": "the most that all ranks had together at a time, what they have in common counted once: the sum of their proportional set sizes "
+                "(`/proc/PID/smaps_rollup`), looked at every second",
+    "node_planned_mib": "what `omniquant plan` says of the node",
+    "loss_end": "of the block, as it is stored: mean squared error of its outputs",
+    "same": "on more ranks: whether codes, scales and zero points are those of one rank",
     "free_mib": "memory that was free before",
 }
-LIMIT = "memory: a block's weights in fp32 twice, the gradient of its largest layer, and the block as it is read, in every rank (`planned_mib` has more)"
+LIMIT = "memory: a block's weights in fp32 twice a node, and the block as it is read in every rank, though not at once where no other follows"
 
 VOCABULARY = 49152  # of the tokens at hand
+LOOK_SECONDS = 1
 ONE = struct.pack("<H", 0x3F80)  # in bf16
 PATTERN = (1 << 24) - 2  # bytes of random numbers that are repeated: no multiple of any row
 
@@ -119,30 +128,96 @@ def free_mib():
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def measure(bench, what, model, blocks, ranks, random, flags):
-    folder, store = bench.folder / "model", bench.folder / "out"
-    size = write_checkpoint(folder, model, blocks, random)
-    flags = ["--wbits", 3, "--group-size", 128, "--samples", 2, "--batch", 2, "--seqlen", 32, "--sampling", "sequential", "--threads", 1, *flags]
-    plan = json.loads(bench.run([bench.omniquant, "plan", "--json", "--model", folder, "--ranks", ranks, "--ranks-a-node", ranks, *flags])[0])
-    host, output = plan["memory_bytes"]["host"], plan["memory_bytes"]["output"]
+class NodeMemory(threading.Thread):
+    """The most that a program's processes on this machine have together, while it runs."""
+
+    def __init__(self, program):
+        super().__init__(daemon=True)
+        self.program, self.peak_mib, self.done = program.resolve(), 0, threading.Event()
+
+    def processes(self):
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if (entry / "exe").resolve() == self.program:
+                    yield entry
+            except OSError:
+                pass  # it has ended, or is another's
+
+    def look(self):
+        total = 0
+        for process in self.processes():
+            try:
+                lines = (process / "smaps_rollup").read_text(encoding="utf-8").splitlines()
+            except OSError:
+                continue
+            total += next((int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:")), 0)
+        self.peak_mib = max(self.peak_mib, total)
+
+    def run(self):
+        while not self.done.wait(LOOK_SECONDS):
+            self.look()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.done.set()
+        self.join()
+
+
+def planned(bench, folder, ranks, flags):
+    command = [bench.omniquant, "plan", "--json", "--model", folder, "--ranks", ranks, "--ranks-a-node", ranks, *flags]
+    return {name: size / 2**20 for name, size in json.loads(bench.run(command)[0])["memory_bytes"].items()}
+
+
+def measure(bench, what, folder, size, ranks, flags, store):
+    """A row; the run's blocks are in `store`, if it is started."""
+    blocks = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    flags = ["--wbits", 3, "--samples", 2, "--batch", 2, "--sampling", "sequential", "--threads", 1, *flags]
+    plan = planned(bench, folder, ranks, flags)
     row = {"what": what, "ranks": ranks, "blocks": blocks, "checkpoint_gb": size / 1e9, "block_seconds": None, "run_seconds": None, "peak_mib": None,
-           "planned_mib": host / 2**20, "free_mib": free_mib()}  # fmt: skip
-    if (ranks * (host - output) + output) / 2**20 < row["free_mib"]:
-        bench.model = folder
+           "planned_mib": plan["host"], "node_mib": None, "node_planned_mib": plan["node"], "free_mib": free_mib(), "loss_end": None, "same": None}  # fmt: skip
+    if plan["node"] > row["free_mib"]:
+        return row
+    bench.model = folder
+    with NodeMemory(bench.omniquant) as memory:
         run = bench.calibrate(ranks, flags, output=store)
-        shutil.rmtree(store)
-        row |= {"block_seconds": run.blocks_seconds / blocks, "run_seconds": run.run_seconds, "peak_mib": run.peak_mib}
-    shutil.rmtree(folder)
+    losses = re.findall(r" end (\S+) ", run.log)
+    row |= {"block_seconds": run.blocks_seconds / blocks, "run_seconds": run.run_seconds, "peak_mib": run.peak_mib, "node_mib": memory.peak_mib,
+            "loss_end": float(losses[-1]) if losses else None}  # fmt: skip
     return row
+
+
+def random_block(bench, what, model, flags):
+    """One block on one rank and on two, whose stores are compared."""
+    folder, one = bench.folder / "model", bench.folder / "out 1"
+    size = write_checkpoint(folder, model, 1, True)
+    for ranks in (1, 2):
+        store = bench.folder / f"out {ranks}"
+        row = measure(bench, what, folder, size, ranks, ["--epochs", 1, *flags], store)
+        if ranks > 1 and store.is_dir() and one.is_dir():
+            row["same"] = "yes" if subprocess.run([bench.program("tests/test_helper"), "compare", one, store], check=False).returncode == 0 else "no"
+        yield row
+    for path in (folder, one, bench.folder / "out 2"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def holes(bench, blocks):
+    folder, store = bench.folder / "model", bench.folder / "out"
+    size = write_checkpoint(folder, "llama-2-70b", blocks, False)
+    yield measure(bench, "holes", folder, size, 1, ["--group-size", 128, "--seqlen", 32, "--epochs", 0], store)
+    for path in (folder, store):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def rows(bench, arguments):
     block_gb = sum(bytes_of(shape) for shape in llama_block({"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}).values()) / 1e9
-    for what, model in (("70b", "llama-2-70b"), ("180b", "falcon-180b")):
-        for ranks in (1, 2):
-            if what in arguments.what:
-                yield measure(bench, f"{what} block", model, 1, ranks, True, ["--epochs", 1])
+    if "70b" in arguments.what:
+        yield from random_block(bench, "70b block", "llama-2-70b", ["--group-size", 128, "--seqlen", 32])
+    if "180b" in arguments.what:
+        yield from random_block(bench, "180b block", "falcon-180b", ["--group-size", 512, "--seqlen", 64])
     many = round(arguments.gigabytes / block_gb)
     for blocks in (max(2, many // 8), many):
         if "holes" in arguments.what:
-            yield measure(bench, "holes", "llama-2-70b", blocks, 1, False, ["--epochs", 0])
+            yield from holes(bench, blocks)

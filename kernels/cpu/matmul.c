@@ -44,7 +44,7 @@ static void linear_backward_input(struct kernels *k, data *dx, const data *dy, c
 }
 
 static void linear_backward_weight(struct kernels *k, data *dw, const data *dy, const data *x, int64_t tokens, int64_t columns,
-                                   int64_t rows) {
-  matmul(k,
-         (struct product){'T', 'N', rows, columns, tokens, rows, columns, columns, 1, 0, (const float *)dy, (const float *)x, (float *)dw});
+                                   int64_t rows, int64_t stride) {
+  matmul(k, (struct product){'T', 'N', rows, columns, tokens, stride, columns, columns, 1, 0, (const float *)dy, (const float *)x,
+                             (float *)dw});
 }

@@ -18,6 +18,18 @@ static void round_to_bf16(uint16_t *to, const float *from, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = bf16_from_float(from[i]);
 }
 
+/* Rows that lie `stride` apart, one behind the other. */
+static void round_rows_to_bf16(uint16_t *to, const float *from, int64_t rows, int64_t columns, int64_t stride) {
+  if (stride == columns) {
+    round_to_bf16(to, from, rows * columns);
+    return;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r++)
+#pragma omp simd
+    for (int64_t c = 0; c < columns; c++) to[r * columns + c] = bf16_from_float(from[r * stride + c]);
+}
+
 #if DNNL_VERSION_MAJOR == 2
 
 static bool cpu_has_bf16(void) {
@@ -69,27 +81,30 @@ static struct bf16_product *find_primitive(struct bf16_products *bf16, const str
   return make_primitive(made, bf16->engine, p) ? made : NULL;
 }
 
-static uint16_t *rounded_operand(struct bf16_buffer *buffer, const float *from, int64_t count) {
+static uint16_t *rounded_operand(struct bf16_buffer *buffer, const float *from, int64_t rows, int64_t columns, int64_t stride) {
+  int64_t count = rows * columns;
   if (count > buffer->count) {
     free(buffer->values);
     buffer->values = aligned_alloc(64, ((size_t)count * sizeof(uint16_t) + 63) / 64 * 64);
     buffer->count = buffer->values ? count : 0;
   }
-  if (buffer->values) round_to_bf16(buffer->values, from, count);
+  if (buffer->values) round_rows_to_bf16(buffer->values, from, rows, columns, stride);
   return buffer->values;
 }
 
-/* Whether it was done. Only linear layers' products are: those of an attention head lie with gaps between their rows, or are small and called
- * from many threads at a time. */
+/* Whether it was done. Only linear layers' products are, of which a transposed A may be some columns of a wider matrix: those of an attention
+ * head lie with gaps between the other operands' rows, or are small and called from many threads at a time. */
 static bool matmul_bf16(struct kernels *k, const struct product *p) {
   struct bf16_products *bf16 = &k->state->bf16;
-  bool dense = p->ldc == p->n && p->lda == (p->transpose_a == 'T' ? p->m : p->k) && p->ldb == (p->transpose_b == 'T' ? p->k : p->n);
+  bool transposed = p->transpose_a == 'T';
+  bool dense = p->ldc == p->n && (transposed || p->lda == p->k) && p->ldb == (p->transpose_b == 'T' ? p->k : p->n);
   if (!dense || p->alpha != 1 || omp_in_parallel() || !cpu_has_bf16()) return false;
   if (!bf16->engine && (dnnl_engine_create((dnnl_engine_t *)&bf16->engine, dnnl_cpu, 0) != dnnl_success ||
                         dnnl_stream_create((dnnl_stream_t *)&bf16->stream, bf16->engine, dnnl_stream_default_flags) != dnnl_success))
     return false;
   struct bf16_product *made = find_primitive(bf16, p);
-  uint16_t *a = made ? rounded_operand(&bf16->a, p->a, p->m * p->k) : NULL, *b = a ? rounded_operand(&bf16->b, p->b, p->k * p->n) : NULL;
+  uint16_t *a = made ? rounded_operand(&bf16->a, p->a, transposed ? p->k : p->m, transposed ? p->m : p->k, p->lda) : NULL;
+  uint16_t *b = a ? rounded_operand(&bf16->b, p->b, p->k, p->n, p->n) : NULL;
   if (!b) return false;
   const dnnl_exec_arg_t arguments[] = {
       {DNNL_ARG_SRC, made->memory[0]}, {DNNL_ARG_WEIGHTS, made->memory[1]}, {DNNL_ARG_DST, made->memory[2]}};
@@ -105,7 +120,7 @@ static bool matmul_bf16(struct kernels *k, const struct product *p) {
 static bool matmul_bf16(struct kernels *k, const struct product *p) {
   (void)k;
   (void)p;
-  (void)round_to_bf16;
+  (void)round_rows_to_bf16;
   return false;
 }
 

@@ -3,17 +3,24 @@
 
 #include <stdlib.h>
 
+enum { ALIGNMENT = 64 };
+
+/* By calloc, which leaves large memory to the system until it is first used; in front of it stands what is to be freed. */
 static void *cpu_allocate(struct kernels *k, size_t bytes) {
   (void)k;
-  size_t rounded = (bytes + 63) / 64 * 64;
-  void *memory = aligned_alloc(64, rounded ? rounded : 64);
-  if (memory) memset(memory, 0, rounded);
+  size_t rounded = (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  char *whole = calloc(1, rounded + 2 * ALIGNMENT);
+  if (!whole) return NULL;
+  char *memory = whole + 2 * ALIGNMENT - (uintptr_t)whole % ALIGNMENT;
+  memcpy(memory - sizeof whole, &whole, sizeof whole);
   return memory;
 }
 
 static void cpu_release(struct kernels *k, void *memory) {
   (void)k;
-  free(memory);
+  char *whole = NULL;
+  if (memory) memcpy(&whole, (char *)memory - sizeof whole, sizeof whole);
+  free(whole);
 }
 
 static void *cpu_allocate_host(struct kernels *k, size_t bytes) {

@@ -10,7 +10,7 @@ static const size_t WORKSPACE_BYTES = (size_t)32 << 20;
 
 /* What decides how a product is done. */
 struct plan_key {
-  int64_t m, n, k;
+  int64_t m, n, k, lda;
   uint32_t alignment[4]; /* of A, B, C, bias in bytes, 256 at most; 0 without a bias */
   uint32_t flags;        /* transpose_a, transpose_b, add */
 };
@@ -44,7 +44,7 @@ static uint32_t alignment_of(const void *memory) {
 static struct plan_key key_of(const struct product *p) {
   struct plan_key key;
   memset(&key, 0, sizeof key); /* compared by its bytes */
-  key.m = p->m, key.n = p->n, key.k = p->k;
+  key.m = p->m, key.n = p->n, key.k = p->k, key.lda = p->lda;
   const void *memory[] = {p->a, p->b, p->c, p->bias};
   for (int i = 0; i < 4; i++) key.alignment[i] = alignment_of(memory[i]);
   key.flags = (uint32_t)p->transpose_a | (uint32_t)p->transpose_b << 1 | (uint32_t)p->add << 2;
@@ -77,7 +77,7 @@ static bool plan_describe(struct kernels *k, struct plan *plan, const struct pro
          cublas_check(k, cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second), p) &&
          cublas_check(k, cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue), p) &&
          cublas_check(k, cublasLtMatrixLayoutCreate(&plan->b, CUDA_R_16BF, b_rows, b_columns, (int64_t)b_rows), p) &&
-         cublas_check(k, cublasLtMatrixLayoutCreate(&plan->a, CUDA_R_16BF, a_rows, a_columns, (int64_t)a_rows), p) &&
+         cublas_check(k, cublasLtMatrixLayoutCreate(&plan->a, CUDA_R_16BF, a_rows, a_columns, p->lda), p) &&
          cublas_check(k, cublasLtMatrixLayoutCreate(&plan->c, CUDA_R_16BF, (uint64_t)p->n, (uint64_t)p->m, p->n), p);
 }
 

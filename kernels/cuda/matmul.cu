@@ -4,7 +4,7 @@
 /* C[m, n] (+)= op(A)[m, k] op(B)[k, n] (+ bias[n]), all row-major. */
 struct product {
   bool transpose_a, transpose_b; /* A is stored [k, m], B [n, k] */
-  int64_t m, n, k;
+  int64_t m, n, k, lda;          /* A's rows as they are stored lie lda apart, the others' behind one another */
   bool add;
   const bf16 *a, *b, *bias; /* bias NULL: none */
   bf16 *c;
@@ -19,15 +19,15 @@ static void matmul(struct kernels *k, const char *name, const struct product &p)
 
 static void linear_forward(struct kernels *k, data *y, const data *x, const data *w, const data *bias, int64_t tokens, int64_t columns,
                            int64_t rows, bool add) {
-  matmul(k, "linear_forward", {false, true, tokens, rows, columns, add, elements(x), elements(w), elements(bias), elements(y)});
+  matmul(k, "linear_forward", {false, true, tokens, rows, columns, columns, add, elements(x), elements(w), elements(bias), elements(y)});
 }
 
 static void linear_backward_input(struct kernels *k, data *dx, const data *dy, const data *w, int64_t tokens, int64_t columns, int64_t rows,
                                   bool add) {
-  matmul(k, "linear_backward_input", {false, false, tokens, columns, rows, add, elements(dy), elements(w), NULL, elements(dx)});
+  matmul(k, "linear_backward_input", {false, false, tokens, columns, rows, rows, add, elements(dy), elements(w), NULL, elements(dx)});
 }
 
 static void linear_backward_weight(struct kernels *k, data *dw, const data *dy, const data *x, int64_t tokens, int64_t columns,
-                                   int64_t rows) {
-  matmul(k, "linear_backward_weight", {true, false, rows, columns, tokens, false, elements(dy), elements(x), NULL, elements(dw)});
+                                   int64_t rows, int64_t stride) {
+  matmul(k, "linear_backward_weight", {true, false, rows, columns, tokens, stride, false, elements(dy), elements(x), NULL, elements(dw)});
 }
