@@ -13,8 +13,9 @@ struct setup {
   struct world world;
   struct model model;
   struct checkpoint *checkpoint; /* rank 0, else NULL */
-  char *image, *other;           /* [model.image_bytes] */
-  double *seconds;               /* [model.blocks] */
+  struct kernels *k;
+  char *image, *other; /* [model.image_bytes] */
+  double *seconds;     /* [model.blocks] */
 };
 
 static size_t image_bytes(const void *context, int item) {
@@ -31,6 +32,7 @@ static int setup_open(struct setup *s, const char *folder, struct error *error) 
   if (s->world.rank == 0) checkpoint_open(folder, &s->model, &s->checkpoint, error);
   if (world_agree(&s->world, error)) return error->code;
   world_broadcast(&s->world, &s->model, sizeof s->model);
+  s->k = kernels_open("cpu", 1, 0, error);
   s->image = calloc(1, s->model.image_bytes);
   s->other = calloc(1, s->model.image_bytes);
   s->seconds = calloc((size_t)s->model.blocks, sizeof *s->seconds);
@@ -71,7 +73,7 @@ static double time_broadcast(struct setup *s) {
 static double time_stream(struct setup *s, struct error *error) {
   struct stream_source source = {s->model.blocks, image_bytes, read_image, s};
   struct stream *stream = NULL;
-  stream_open(&s->world, &source, &stream, error);
+  stream_open(&s->world, s->k, NULL, &source, &stream, error);
   if (world_agree(&s->world, error)) {
     stream_close(stream);
     return 0;
@@ -120,6 +122,7 @@ int main(int argc, char **argv) {
   free(setup.image);
   free(setup.other);
   free(setup.seconds);
+  if (setup.k) setup.k->close(setup.k);
   world_finalize(&setup.world);
   return error.code;
 }

@@ -121,7 +121,8 @@ struct kernels {
   bool (*owns)(struct kernels *k, const void *memory);
   /* Waits for all work; reports the device's first failure (ERROR_WORK). */
   int (*synchronize)(struct kernels *k, struct error *error);
-  /* Host to device, `count` elements of a checkpoint's dtype into data. `from` need not be aligned and may be reused on return. */
+  /* Into data, `count` elements of a checkpoint's dtype: from the host, not aligned if need be, and free to be reused on return; or, where the device
+   * owns it, from its memory, aligned to the elements, which is only asked for. */
   void (*load)(struct kernels *k, data *to, const void *from, enum dtype dtype, int64_t count);
   /* Device to host, `count` elements as fp32; waits. */
   void (*fetch)(struct kernels *k, float *to, const data *from, int64_t count);
@@ -130,6 +131,24 @@ struct kernels {
   void (*download)(struct kernels *k, void *to, const void *from, size_t bytes);
   void (*copy)(struct kernels *k, void *to, const void *from, size_t bytes);
   void (*clear)(struct kernels *k, void *memory, size_t bytes);
+
+  /* ---- copies beside the work ---- */
+  /* Host memory that a device copies from and to at its full speed while others work; 64-byte aligned, not cleared; NULL if there is not enough. */
+  void *(*allocate_host)(struct kernels *k, size_t bytes);
+  void (*release_host)(struct kernels *k, void *memory); /* NULL may be released */
+  /* The rest is NULL where the device's memory is the host's. Bytes of device memory that may still be allocated, with what operations and libraries
+   * will yet ask for left out. */
+  size_t (*room)(struct kernels *k);
+  /* A lane is a queue of copies, which run in their order, beside the work and beside other lanes. NULL: the device failed, which it keeps. */
+  struct lane *(*lane_open)(struct kernels *k);
+  void (*lane_close)(struct kernels *k, struct lane *lane); /* waits for its copies; NULL is allowed */
+  /* Plain bytes between the device's memory and that of allocate_host, either way. */
+  void (*send)(struct kernels *k, struct lane *lane, void *to, const void *from, size_t bytes);
+  /* The lane's copies from now on begin after the work asked for so far; the work asked for from now on begins after the lane's copies so far. */
+  void (*follow)(struct kernels *k, struct lane *lane);
+  void (*join)(struct kernels *k, struct lane *lane);
+  /* Whether the lane's copies are done, for the host too; `wait`: they are. */
+  bool (*idle)(struct kernels *k, struct lane *lane, bool wait);
 
   /* ---- work that comes again ---- */
   /* Calls work(context). What it asks of the device has to be the same each time but for what the memory it names holds, and it may not wait:

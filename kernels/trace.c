@@ -106,6 +106,43 @@ static bool trace_owns(struct kernels *k, const void *memory) {
   return k->state->behind->owns(k->state->behind, memory);
 }
 
+static void *trace_allocate_host(struct kernels *k, size_t bytes) {
+  return k->state->behind->allocate_host(k->state->behind, bytes);
+}
+
+static void trace_release_host(struct kernels *k, void *memory) {
+  k->state->behind->release_host(k->state->behind, memory);
+}
+
+static size_t trace_room(struct kernels *k) {
+  return k->state->behind->room(k->state->behind);
+}
+
+/* Copies beside the work are not noted: nobody waits for them. */
+static struct lane *trace_lane_open(struct kernels *k) {
+  return k->state->behind->lane_open(k->state->behind);
+}
+
+static void trace_lane_close(struct kernels *k, struct lane *lane) {
+  k->state->behind->lane_close(k->state->behind, lane);
+}
+
+static void trace_send(struct kernels *k, struct lane *lane, void *to, const void *from, size_t bytes) {
+  k->state->behind->send(k->state->behind, lane, to, from, bytes);
+}
+
+static void trace_follow(struct kernels *k, struct lane *lane) {
+  k->state->behind->follow(k->state->behind, lane);
+}
+
+static void trace_join(struct kernels *k, struct lane *lane) {
+  k->state->behind->join(k->state->behind, lane);
+}
+
+static bool trace_idle(struct kernels *k, struct lane *lane, bool wait) {
+  return k->state->behind->idle(k->state->behind, lane, wait);
+}
+
 static int trace_synchronize(struct kernels *k, struct error *error) {
   return k->state->behind ? k->state->behind->synchronize(k->state->behind, error) : 0;
 }
@@ -399,5 +436,18 @@ struct kernels *trace_open(struct kernels *behind, size_t element_bytes, struct 
                         .adamw = trace_adamw,
                         .sign_step = trace_sign_step,
                         .cross_entropy_piece = trace_cross_entropy_piece};
+  if (behind) {
+    k->allocate_host = trace_allocate_host;
+    k->release_host = trace_release_host;
+  }
+  if (behind && behind->owns) {
+    k->room = trace_room;
+    k->lane_open = trace_lane_open;
+    k->lane_close = trace_lane_close;
+    k->send = trace_send;
+    k->follow = trace_follow;
+    k->join = trace_join;
+    k->idle = trace_idle;
+  }
   return k;
 }

@@ -4,6 +4,7 @@
 #define OMNIQUANT_DEVICE_H
 
 #include "kernels.h"
+#include "stream.h"
 #include "world.h"
 
 /* What carries values between the devices of ranks: NCCL (nccl_link.h). A failure in the middle of a sum ends all ranks. */
@@ -14,6 +15,8 @@ struct device_link {
   /* As tree_link has it. */
   void (*exchange)(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner);
   void (*largest)(void *state, float *values, size_t count); /* over all ranks, in place */
+  /* As stream_link has it (stream.h): on the lane's stream. */
+  void (*broadcast)(void *state, struct lane *lane, void *bytes, size_t count);
 };
 
 /* The backend that all ranks compute with: the one asked for, or of "auto" CUDA's where every rank has a device that it can use, and the CPU's where
@@ -25,6 +28,10 @@ const char *device_choose(struct world *world, const char *asked /* "auto", "cpu
  * after all ranks have opened their kernels. Errors: ERROR_WORK, this rank's own: agree on them. */
 int device_open(struct world *world, struct kernels *k, struct error *error);
 void device_close(struct world *world);
+
+/* What carries the block stream between the devices of a world's ranks; NULL: MPI does. Valid until device_close. Beside sums only on a world of its
+ * own: what one world's device carries goes in one order. */
+const struct stream_link *device_stream_link(const struct world *world);
 
 /* What world_allreduce and world_largest ask and do. */
 bool device_owns(const struct device *device, const void *memory);

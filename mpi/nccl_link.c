@@ -100,4 +100,9 @@ static void nccl_largest(void *state, float *values, size_t count) {
   require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
 }
 
-const struct device_link nccl_link = {nccl_open, nccl_close, nccl_exchange, nccl_largest};
+static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
+  struct nccl *nccl = state;
+  require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
+}
+
+const struct device_link nccl_link = {nccl_open, nccl_close, nccl_exchange, nccl_largest, nccl_broadcast};

@@ -1,5 +1,7 @@
-/* stream.c: the reader's thread on rank 0 and the pieces in flight. Only the main thread calls MPI. An item is sent as one status word, so
- * that a failed read reaches all ranks, and then its bytes in pieces, a few of them under way at a time. */
+/* stream.c: the reader's thread on rank 0 and the pieces in flight. Only the main thread calls MPI or the device. An item is sent as one status
+ * word, so that a failed read reaches all ranks, and then its bytes in pieces: by MPI a few of them under way at a time; or, where devices have a
+ * link, all at once, each copied to rank 0's device and from there to the others, on two lanes in turn, so that one piece is copied while another
+ * is broadcast. */
 #include "stream.h"
 
 #include <pthread.h>
@@ -7,17 +9,21 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { IN_FLIGHT = 4, PIECES = 32 };
+enum { IN_FLIGHT = 4, PIECES = 32, LANES = 2 };
 static const size_t SMALLEST_PIECE = (size_t)1 << 20, LARGEST_PIECE = (size_t)1 << 28;
 
 enum reader_state { READER_IDLE, READER_READING, READER_DONE, READER_QUIT };
-enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COMPLETE };
+enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COPIES, TRANSFER_COMPLETE };
 
 struct stream {
   struct world *world;
+  struct kernels *k;
+  const struct stream_link *link; /* NULL: MPI carries the bytes */
   struct stream_source source;
   MPI_Comm communicator; /* of its own: its broadcasts may overtake the calibration's collectives */
-  char *buffer;
+  char *buffer;          /* on the host; NULL where the link brings all */
+  char *image;           /* on the device; NULL where its memory is the host's */
+  struct lane *lane[LANES];
   int item; /* being read or sent, or last handed out */
 
   enum transfer_state transfer;
@@ -75,6 +81,11 @@ static bool reader_done(struct stream *s, bool wait) {
   return done;
 }
 
+/* The image may be overwritten when the work asked for so far is done. */
+static void image_begin(struct stream *s) {
+  for (int i = 0; i < LANES && s->image; i++) s->k->follow(s->k, s->lane[i]);
+}
+
 /* Begins the transfer of s->item: nothing is posted before rank 0 has read it. */
 static void item_begin(struct stream *s) {
   size_t bytes = s->source.bytes(s->source.context, s->item);
@@ -83,6 +94,7 @@ static void item_begin(struct stream *s) {
   s->transfer = TRANSFER_STATUS;
   s->status = 0;
   for (int i = 0; i < IN_FLIGHT; i++) s->request[i] = MPI_REQUEST_NULL;
+  image_begin(s);
   if (s->has_reader)
     reader_set(s, READER_READING);
   else
@@ -99,33 +111,86 @@ static void post_pieces(struct stream *s, size_t bytes) {
   }
 }
 
+/* Asks for the whole image: of the host's buffer where there is one, of rank 0's device where not. */
+static void post_copies(struct stream *s, size_t bytes) {
+  int lane = 0;
+  for (size_t done = 0; done < bytes; done += s->piece, lane = (lane + 1) % LANES) {
+    size_t length = bytes - done < s->piece ? bytes - done : s->piece;
+    if (s->buffer) s->k->send(s->k, s->lane[lane], s->image + done, s->buffer + done, length);
+    if (s->link) s->link->broadcast(s->link->context, s->lane[lane], s->image + done, length);
+  }
+  s->transfer = TRANSFER_COPIES;
+}
+
+/* Which the host sees, so that work asked for from then on need not wait for the lanes. */
+static bool copies_done(struct stream *s, bool wait) {
+  bool done = true;
+  for (int i = 0; i < LANES; i++) done = s->k->idle(s->k, s->lane[i], wait) && done;
+  return done;
+}
+
+/* All ranks have it on the host, or rank 0 has and the devices' link goes on from there. */
+static void image_copy(struct stream *s, size_t bytes) {
+  if (s->image)
+    post_copies(s, bytes);
+  else
+    s->transfer = TRANSFER_COMPLETE;
+}
+
+/* After the status, which is the same on all ranks. */
+static void contents_begin(struct stream *s, size_t bytes) {
+  if (s->status)
+    s->transfer = TRANSFER_COMPLETE;
+  else if (s->world->size == 1 || s->link)
+    image_copy(s, bytes);
+  else
+    s->transfer = TRANSFER_PIECES;
+}
+
 static void advance(struct stream *s, bool wait) {
   size_t bytes = s->source.bytes(s->source.context, s->item);
-  int idle;
+  int idle = 1;
   if (s->transfer == TRANSFER_STATUS) {
     if (s->has_reader) {
       if (!reader_done(s, wait)) return;
       s->status = s->cancelled ? ERROR_WORK : s->read_error.code;
-      if (s->world->size == 1) {
-        s->transfer = TRANSFER_COMPLETE;
-        return;
-      }
-      if (s->request[0] == MPI_REQUEST_NULL) require(s, MPI_Ibcast(&s->status, 1, MPI_INT, 0, s->communicator, &s->request[0]));
+      if (s->world->size > 1 && s->request[0] == MPI_REQUEST_NULL)
+        require(s, MPI_Ibcast(&s->status, 1, MPI_INT, 0, s->communicator, &s->request[0]));
     }
-    require(s, MPI_Test(&s->request[0], &idle, MPI_STATUS_IGNORE));
+    if (s->world->size > 1) require(s, MPI_Test(&s->request[0], &idle, MPI_STATUS_IGNORE));
     if (!idle) return;
-    s->transfer = s->status ? TRANSFER_COMPLETE : TRANSFER_PIECES;
+    contents_begin(s, bytes);
   }
   if (s->transfer == TRANSFER_PIECES) {
     post_pieces(s, bytes);
     for (int i = 0; i < IN_FLIGHT; i++) require(s, MPI_Test(&s->request[i], &idle, MPI_STATUS_IGNORE));
     post_pieces(s, bytes);
     require(s, MPI_Testall(IN_FLIGHT, s->request, &idle, MPI_STATUSES_IGNORE));
-    if (idle && s->posted == bytes) s->transfer = TRANSFER_COMPLETE;
+    if (idle && s->posted == bytes) image_copy(s, bytes);
   }
+  if (s->transfer == TRANSFER_COPIES && copies_done(s, wait)) s->transfer = TRANSFER_COMPLETE;
 }
 
-int stream_open(struct world *world, const struct stream_source *source, struct stream **stream, struct error *error) {
+static void memory_free(struct stream *s) {
+  for (int i = 0; i < LANES && s->image; i++) s->k->lane_close(s->k, s->lane[i]);
+  if (s->image) s->k->release(s->k, s->image);
+  s->k->release_host(s->k, s->buffer);
+}
+
+/* Where the device's memory is its own, the image there; on the host what MPI and the reader fill. False without memory. */
+static bool memory_open(struct stream *s, size_t bytes) {
+  bool opened = true;
+  if (s->k->owns) {
+    s->image = s->k->allocate(s->k, bytes);
+    for (int i = 0; i < LANES && s->image; i++) opened = (s->lane[i] = s->k->lane_open(s->k)) && opened;
+    opened = opened && s->image;
+  }
+  if (s->world->rank == 0 || !s->link) opened = (s->buffer = s->k->allocate_host(s->k, bytes)) && opened;
+  return opened;
+}
+
+int stream_open(struct world *world, struct kernels *k, const struct stream_link *link, const struct stream_source *source,
+                struct stream **stream, struct error *error) {
   size_t largest = 64;
   for (int item = 0; item < source->items; item++) {
     size_t bytes = source->bytes(source->context, item);
@@ -137,16 +202,14 @@ int stream_open(struct world *world, const struct stream_source *source, struct 
     error_set(error, ERROR_WORK, "rank %d: MPI could not make a communicator for the block stream", world->rank);
     world_abort(world, error); /* the others wait in it */
   }
-  if (s) s->buffer = aligned_alloc(64, (largest + 63) / 64 * 64);
-  if (!s || !s->buffer) {
+  if (s) *s = (struct stream){.world = world, .k = k, .link = link, .source = *source, .communicator = communicator};
+  if (!s || !memory_open(s, largest)) {
+    if (s) memory_free(s);
     MPI_Comm_free(&communicator);
     free(s);
     *stream = NULL;
     return error_set(error, ERROR_WORK, "rank %d: out of memory for the block stream (%zu bytes)", world->rank, largest);
   }
-  s->world = world;
-  s->source = *source;
-  s->communicator = communicator;
   s->transfer = TRANSFER_COMPLETE;
   pthread_mutex_init(&s->lock, NULL);
   pthread_cond_init(&s->changed, NULL);
@@ -177,7 +240,7 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
     advance(s, true);
     if (s->transfer != TRANSFER_COMPLETE && !s->has_reader) nanosleep(&pause, NULL);
   }
-  *bytes = s->buffer;
+  *bytes = s->image ? s->image : s->buffer;
   if (!s->status) return 0;
   if (s->has_reader) return error_set(error, s->read_error.code, "%s", s->read_error.message);
   return error_set(error, s->status, "rank 0 could not read item %d of the block stream", s->item);
@@ -188,7 +251,7 @@ void stream_release(struct stream *s) {
     item_begin(s);
     return;
   }
-  free(s->buffer); /* nothing comes that would need it */
+  s->k->release_host(s->k, s->buffer); /* nothing comes that would need it */
   s->buffer = NULL;
 }
 
@@ -203,6 +266,6 @@ void stream_close(struct stream *s) {
   MPI_Comm_free(&s->communicator);
   pthread_mutex_destroy(&s->lock);
   pthread_cond_destroy(&s->changed);
-  free(s->buffer);
+  memory_free(s);
   free(s);
 }

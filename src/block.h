@@ -98,11 +98,11 @@ void block_free(struct block *block);
 
 /* Takes the full-precision tensors out of an image (model.h), of those in common this rank's part; effective ones that are not quantized become the
  * same. Collective over the ranks that have the weights in common, as block_load_stored is over those of the effective ones. */
-void block_load(struct block *block, const void *image /* host memory, model->image_bytes */);
+void block_load(struct block *block, const void *image /* model->image_bytes, memory that k->load takes */);
 
 /* Takes the effective tensors, those that are quantized too, out of an image. */
 void block_load_stored(struct block *block, const struct model *wide, /* the block's model with all tensors F32 (model_widen) */
-                       const void *image /* host memory, wide->image_bytes */);
+                       const void *image /* wide->image_bytes, likewise */);
 
 /* Makes the effective tensors that are not quantized (norms, biases, router) the full-precision ones again. */
 void block_restore(struct block *block);

@@ -90,7 +90,7 @@ static int check_space(const struct run *run, struct error *error) {
 static int make_stores(struct run *run, struct error *error) {
   for (int i = 0; i < run->count && !error->code; i++) {
     struct job *job = &run->jobs[i];
-    if (!store_create(job->output, &job->info, &job->store, error)) writer_open(job->store, run->world, &job->writer, error);
+    if (!store_create(job->output, &job->info, &job->store, error)) writer_open(job->store, job->output, run->world, &job->writer, error);
   }
   return error->code || resume_find(run, error) ? error->code : check_space(run, error);
 }
@@ -158,10 +158,6 @@ static int read_image(void *context, int item, void *image, struct error *error)
   return dequantize_read_block(job->store, run->checkpoint, &run->wide, what->block, image, job->output, error);
 }
 
-static size_t stream_bytes(const struct run *run) {
-  return (size_t)run->shard.count * (size_t)run->recipe->seqlen * (size_t)run->model.hidden * run->k->element_bytes;
-}
-
 static int open_job(struct run *run, struct job *job, struct error *error) {
   job->learner = (struct learner){.recipe = job->recipe,
                                   .world = &run->team,
@@ -176,7 +172,8 @@ static int open_job(struct run *run, struct job *job, struct error *error) {
   job->rank_seconds = calloc(2 * (size_t)run->team.size * PHASES, sizeof *job->rank_seconds);
   if (!job->rank_seconds)
     return error_set(error, ERROR_WORK, "rank %d: out of memory for times of %d ranks", run->world->rank, run->team.size);
-  return learner_init(&job->learner, error);
+  if (learner_init(&job->learner, error)) return error->code;
+  return run->team.rank == 0 ? record_room_init(&job->room, &job->learner, error) : 0;
 }
 
 static void open_streams(struct run *run) {
@@ -199,11 +196,7 @@ static int open_target(struct run *run, bool observed, struct error *error) {
                                 .block = &run->block,
                                 .shard = &run->shard,
                                 .stream = run->stream,
-                                .statistics = observed ? &run->statistics : NULL,
-                                .x = run->k->allocate(run->k, stream_bytes(run))};
-  if (!run->target.x)
-    return error_set(error, ERROR_WORK, "rank %d: out of memory on %s for %d samples (%zu bytes); lower --samples or use more ranks",
-                     run->world->rank, run->k->name, run->shard.count, stream_bytes(run));
+                                .statistics = observed ? &run->statistics : NULL};
   return target_init(&run->target, error);
 }
 
@@ -212,6 +205,16 @@ static void open_shared(struct run *run) {
   size_t bytes = (size_t)run->model.elements * run->k->element_bytes;
   shared_open(&run->weights, run->world, bytes);
   shared_open(&run->effective, &run->team, bytes);
+}
+
+/* Sums go over the team's devices, blocks beside them over all ranks'. */
+static int open_device(struct run *run, struct error *error) {
+  run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
+  if (world_agree(run->world, error)) return error->code;
+  device_open(&run->team, run->k, error);
+  if (world_agree(run->world, error)) return error->code;
+  device_open(run->world, run->k, error);
+  return world_agree(run->world, error);
 }
 
 static int open_work(struct run *run, struct error *error) {
@@ -225,9 +228,7 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
-  stream_open(run->world, &source, &run->stream, error);
-  if (!error->code)
-    run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
+  stream_open(run->world, run->k, device_stream_link(run->world), &source, &run->stream, error);
   if (world_agree(run->world, error)) return error->code;
   if (!run->k->owns) open_shared(run); /* collective; what follows may fail on one rank alone */
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);
@@ -238,6 +239,9 @@ static int open_work(struct run *run, struct error *error) {
   if (open_target(run, observed, error)) return error->code;
   for (int i = 0; i < run->count && !error->code; i++)
     if (is_mine(run, &run->jobs[i])) open_job(run, &run->jobs[i], error);
+  if (!error->code) samples_place(&run->target.x, error);
+  for (int i = 0; i < run->count && !error->code; i++)
+    if (is_mine(run, &run->jobs[i])) learner_place(&run->jobs[i].learner, error);
   return error->code;
 }
 
@@ -259,10 +263,10 @@ static int embed(struct run *run, struct error *error) {
     struct feed feed = {
         run->world,        run->k,       &run->model, run->tokens, run->checkpoint, run->recipe->seqlen, run->recipe->samples,
         run->sample_start, sample_owner, &dealing};
-    if (feed_embed(&feed, run->target.x, NULL, error)) return error->code;
+    if (feed_embed(&feed, &run->target.x, NULL, error)) return error->code;
   }
   for (int i = 0; i < run->count; i++)
-    if (is_mine(run, &run->jobs[i])) run->k->copy(run->k, run->jobs[i].learner.x_q, run->target.x, stream_bytes(run));
+    if (is_mine(run, &run->jobs[i])) samples_copy(&run->jobs[i].learner.x_q, &run->target.x);
   return 0;
 }
 
@@ -298,17 +302,18 @@ static void report(struct run *run, const struct job *job, int index, const stru
   progress_block(run->progress, position(run, job, index), text);
 }
 
-/* The block's file, on the team's first rank; with the times of all its ranks, therefore collective over the team. */
-static int pack_block(struct job *job, int index, struct error *error) {
-  struct block_record record = {0};
+/* What the block's file is made of, on the team's first rank; with the times of all its ranks, therefore collective over the team. Where it has to be
+ * sent to rank 0, the file. */
+static int pack_block(const struct run *run, struct job *job, int index, struct error *error) {
   bool first = job->learner.world->rank == 0;
   timing_enter(&job->timing, PHASE_STORE);
-  if (first) record_block(&record, &job->learner, index, &job->result.outcome, error);
+  if (first) record_block(&job->record, &job->room, &job->learner, index, &job->result.outcome, error);
   double seconds = timing_gather(&job->timing, job->rank_seconds);
-  if (first && !error->code && !record_timing(&record, job->rank_seconds, seconds, error))
-    block_image_make(&job->image, &record, &job->info, job->output, error);
+  if (first && !error->code) record_timing(&job->record, job->rank_seconds, seconds, error);
+  if (!first || run->world->rank == 0) return error->code;
+  if (!error->code) block_image_make(&job->image, &job->record, &job->info, job->output, error);
   job->result.bytes = job->image.length;
-  block_record_free(&record);
+  block_record_free(&job->record);
   return error->code;
 }
 
@@ -317,7 +322,7 @@ static int take_result(struct run *run, struct job *job, int index, struct error
   job->skipped_steps += job->result.outcome.skipped;
   job->untrained_experts += job->result.outcome.untrained_experts;
   report(run, job, index, &job->result.outcome);
-  return writer_submit(job->writer, &job->image, error);
+  return writer_submit(job->writer, &job->image, &job->record, error);
 }
 
 /* Another team's result comes to rank 0. */
@@ -343,7 +348,7 @@ static int calibrate_job(struct run *run, struct job *job, int index, struct err
   timing_go_on(&job->timing, &run->timing, PHASE_TARGET);
   learner_run(&job->learner, position(run, job, index), &job->result.outcome, error);
   if (world_agree(&run->team, error)) return error->code; /* a block that a stop left unfinished goes no further */
-  pack_block(job, index, error);
+  pack_block(run, job, index, error);
   if (run->world->rank == 0 && !error->code) take_result(run, job, index, error);
   world_agree(&run->team, error);
   timing_enter(&job->timing, PHASE_STORE); /* goes on with the next block */
@@ -429,9 +434,19 @@ static void announce_job(const struct run *run, const struct job *job) {
           recipe->seqlen);
 }
 
+static bool lives_on_host(const struct run *run) {
+  bool some = run->target.x.host;
+  for (int i = 0; i < run->count; i++) {
+    const struct learner *l = &run->jobs[i].learner;
+    some = some || l->x_q.host || l->next.host || l->augmented.host;
+  }
+  return some;
+}
+
 static void announce(const struct run *run) {
   if (run->world->rank != 0) return;
   for (int i = 0; i < run->count; i++) announce_job(run, &run->jobs[i]);
+  if (lives_on_host(run)) fprintf(stderr, "hidden states have no room on the device: they come from pinned host memory beside the work\n");
   if (run->teams > 1) fprintf(stderr, "%d teams of %d ranks calibrate different recipes\n", run->teams, run->team.size);
   if (run->team.size > run->recipe->batch)
     fprintf(stderr, "%d ranks share %d samples a step: %d of them have nothing to do; raise --batch\n", run->team.size, run->recipe->batch,
@@ -457,10 +472,8 @@ static int calibrate_blocks(struct run *run, struct error *error) {
   form_teams(run);
   if (run->world->rank == 0) run->progress = progress_open("calibrate", blocks_left(run));
   resume_schedule(run, error);
-  if (world_agree(run->world, error)) return error->code; /* opening the stream is collective */
+  if (world_agree(run->world, error) || open_device(run, error)) return error->code;
   open_work(run, error);
-  if (world_agree(run->world, error)) return error->code;
-  device_open(&run->team, run->k, error);
   if (world_agree(run->world, error)) return error->code;
   announce(run);
   if (resume_streams(run, error)) return error->code;
@@ -506,18 +519,22 @@ static void run_free(struct run *run, struct error *error) {
   free(run->item);
   for (int i = 0; i < run->count; i++) {
     block_image_free(&run->jobs[i].image);
+    block_record_free(&run->jobs[i].record);
     free(run->jobs[i].rank_seconds);
   }
+  device_close(run->world);
   device_close(&run->team);
   world_leave_team(&run->team);
   if (!run->k) return;
-  for (int i = 0; i < run->count; i++) learner_free(&run->jobs[i].learner);
+  for (int i = 0; i < run->count; i++) {
+    record_room_free(&run->jobs[i].room);
+    learner_free(&run->jobs[i].learner);
+  }
   target_free(&run->target);
   let_statistics_free(&run->statistics);
   block_free(&run->block);
   shared_close(&run->weights);
   shared_close(&run->effective);
-  run->k->release(run->k, run->target.x);
   run->k->close(run->k);
 }
 

@@ -12,6 +12,7 @@
 #include "checkpoint.h"
 #include "clock.h"
 #include "dequantize.h"
+#include "device.h"
 #include "feed.h"
 #include "stream.h"
 
@@ -30,11 +31,12 @@ struct evaluation {
   struct model model; /* with the types that the stream carries */
   struct activation_quantizer activations;
   struct kernels *k;
-  int count;             /* this rank's windows */
-  data *x;               /* [count, T, hidden] */
-  data *last;            /* [count, T, embedding] what the head reads; x itself where that is as wide */
-  int32_t *ids;          /* [count, T] host */
-  struct shared weights; /* of the block, as the ranks of a node have them in common */
+  int count;                /* this rank's windows */
+  struct samples x;         /* [T, hidden] each */
+  struct samples projected; /* [T, embedding] each, where that is not as wide */
+  struct samples *last;     /* which of them the head reads */
+  int32_t *ids;             /* [count, T] host */
+  struct shared weights;    /* of the block, as the ranks of a node have them in common */
   struct block block;
   struct stream *stream;
   double nll; /* sum of this rank's windows' means */
@@ -164,6 +166,13 @@ static void *device_memory(struct evaluation *e, size_t bytes, struct error *err
   return memory;
 }
 
+static int open_device(struct evaluation *e, struct error *error) {
+  e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), e->world->local_rank, error);
+  if (world_agree(e->world, error)) return error->code;
+  device_open(e->world, e->k, error);
+  return world_agree(e->world, error);
+}
+
 static int open_work(struct evaluation *e, struct error *error) {
   int64_t T = e->options->seqlen, H = e->model.hidden, E = e->model.embedding, before = tail_of(&e->model).count;
   int64_t budget = 8 << 20; /* elements of a piece of the head, and of its logits */
@@ -173,8 +182,7 @@ static int open_work(struct evaluation *e, struct error *error) {
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
   struct stream_source source = {items, item_bytes, read_item, e};
-  stream_open(e->world, &source, &e->stream, error);
-  if (!error->code) e->k = kernels_open(e->options->backend, world_threads(e->world, e->options->threads), e->world->local_rank, error);
+  stream_open(e->world, e->k, device_stream_link(e->world), &source, &e->stream, error);
   if (world_agree(e->world, error)) return error->code;
   /* Collective; what follows may fail on one rank alone. */
   if (!e->k->owns) shared_open(&e->weights, e->world, (size_t)e->model.elements * e->k->element_bytes);
@@ -183,8 +191,9 @@ static int open_work(struct evaluation *e, struct error *error) {
   size_t tokens = (size_t)e->count * (size_t)T;
   e->ids = calloc(tokens + 1, sizeof *e->ids);
   if (!e->ids) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
-  e->x = device_memory(e, tokens * (size_t)H * e->k->element_bytes, error);
-  e->last = E == H ? e->x : device_memory(e, tokens * (size_t)E * e->k->element_bytes, error);
+  e->last = E == H ? &e->x : &e->projected;
+  if (samples_init(&e->x, e->k, e->count, T * H, error) || (E != H && samples_init(&e->projected, e->k, e->count, T * E, error)))
+    return error->code;
   e->weight = device_memory(e, (size_t)(e->piece * E > before ? e->piece * E : before) * e->k->element_bytes, error);
   e->logits = device_memory(e, (size_t)(e->piece * T) * e->k->element_bytes, error);
   e->target = device_memory(e, tokens * sizeof *e->target, error);
@@ -193,19 +202,22 @@ static int open_work(struct evaluation *e, struct error *error) {
   e->entropy.target = device_memory(e, tokens * sizeof(float), error);
   if (error->code || block_init(&e->block, &e->model, e->k, &use, error)) return error->code;
   e->block.quantizer = e->activations;
-  return 0;
+  if (samples_place(&e->x, error)) return error->code;
+  return E != H ? samples_place(&e->projected, error) : 0;
 }
 
 static void evaluation_free(struct evaluation *e) {
   stream_close(e->stream);
+  device_close(e->world);
   store_close(e->store, &(struct error){0});
   tokens_close(e->tokens);
   checkpoint_close(e->checkpoint);
   free(e->start);
   free(e->ids);
   if (!e->k) return;
-  if (e->last == e->x) e->last = NULL;
-  void *const device[] = {e->x, e->last, e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
+  samples_free(&e->x);
+  samples_free(&e->projected);
+  void *const device[] = {e->weight, e->logits, e->target, e->entropy.maximum, e->entropy.sum, e->entropy.target};
   for (size_t i = 0; i < sizeof device / sizeof *device; i++) e->k->release(e->k, device[i]);
   block_free(&e->block);
   shared_close(&e->weights);
@@ -213,15 +225,6 @@ static void evaluation_free(struct evaluation *e) {
 }
 
 /* ---- the work ---- */
-
-static data *window(const struct evaluation *e, int i) {
-  return data_at(e->k, e->x, (int64_t)i * e->options->seqlen * e->model.hidden);
-}
-
-/* The hidden states of a window as the head reads them. */
-static data *last_states(const struct evaluation *e, int i) {
-  return data_at(e->k, e->last, (int64_t)i * e->options->seqlen * e->model.embedding);
-}
 
 static int next_item(struct evaluation *e, const void **bytes, struct error *error) {
   stream_next(e->stream, bytes, error);
@@ -235,7 +238,8 @@ static int pass_block(struct evaluation *e, struct error *error) {
   block_load(&e->block, image);
   stream_release(e->stream);
   for (int i = 0; i < e->count; i++) {
-    block_forward(&e->block, which, window(e, i), window(e, i));
+    data *x = samples_change(&e->x, i);
+    block_forward(&e->block, which, x, x);
     stream_poll(e->stream);
   }
   return 0;
@@ -253,9 +257,10 @@ static int pass_tail(struct evaluation *e, struct error *error) {
   struct norm_shape shape = {T, H, e->model.norm_eps, e->model.layer_norm};
   const data *bias = tail.bias != ABSENT ? data_at(k, e->weight, tail.bias) : NULL;
   for (int i = 0; i < e->count; i++) {
-    if (tail.norm != ABSENT) k->norm_forward(k, window(e, i), window(e, i), data_at(k, e->weight, tail.norm), bias, &shape);
+    data *x = samples_change(&e->x, i);
+    if (tail.norm != ABSENT) k->norm_forward(k, x, x, data_at(k, e->weight, tail.norm), bias, &shape);
     if (tail.projection != ABSENT)
-      k->linear_forward(k, last_states(e, i), window(e, i), data_at(k, e->weight, tail.projection), NULL, T, H, E, false);
+      k->linear_forward(k, samples_write(&e->projected, i), x, data_at(k, e->weight, tail.projection), NULL, T, H, E, false);
   }
   return 0;
 }
@@ -280,7 +285,7 @@ static int pass_head_piece(struct evaluation *e, int64_t first, int64_t rows, st
   stream_release(e->stream);
   for (int i = 0; i < e->count; i++) {
     struct cross_entropy state = {e->entropy.maximum + i * T, e->entropy.sum + i * T, e->entropy.target + i * T};
-    e->k->linear_forward(e->k, e->logits, last_states(e, i), e->weight, NULL, T, E, rows, false);
+    e->k->linear_forward(e->k, e->logits, samples_read(e->last, i), e->weight, NULL, T, E, rows, false);
     e->k->cross_entropy_piece(e->k, &state, e->logits, e->target + i * T, T, first, rows);
     stream_poll(e->stream);
   }
@@ -339,10 +344,11 @@ static int evaluate_all(struct evaluation *e, struct error *error) {
   world_broadcast(e->world, &e->model, sizeof e->model);
   world_broadcast(e->world, &e->activations, sizeof e->activations);
   world_broadcast(e->world, &e->windows, sizeof e->windows);
+  if (open_device(e, error)) return error->code;
   open_work(e, error);
   if (world_agree(e->world, error)) return error->code;
   struct feed feed = {e->world, e->k, &e->model, e->tokens, e->checkpoint, e->options->seqlen, e->windows, e->start, window_owner, e};
-  if (feed_embed(&feed, e->x, e->ids, error)) return error->code;
+  if (feed_embed(&feed, &e->x, e->ids, error)) return error->code;
   start_entropy(e, error);
   if (world_agree(e->world, error)) return error->code;
   stream_start(e->stream, 0);

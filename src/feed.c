@@ -9,7 +9,7 @@ static int read_sample(const struct feed *feed, int sample, int32_t *ids, float 
   return checkpoint_embed(feed->checkpoint, ids, feed->seqlen, hidden, error);
 }
 
-int feed_embed(const struct feed *feed, data *x, int32_t *ids, struct error *error) {
+int feed_embed(const struct feed *feed, struct samples *x, int32_t *ids, struct error *error) {
   struct world *world = feed->world;
   size_t elements = (size_t)feed->seqlen * (size_t)feed->model->hidden;
   float *hidden = malloc(elements * sizeof *hidden);
@@ -31,7 +31,7 @@ int feed_embed(const struct feed *feed, data *x, int32_t *ids, struct error *err
       world_receive(world, hidden, elements * sizeof *hidden, 0);
       world_receive(world, sample_ids, (size_t)feed->seqlen * sizeof *sample_ids, 0);
     }
-    feed->k->load(feed->k, data_at(feed->k, x, own * (int64_t)elements), hidden, DTYPE_F32, (int64_t)elements);
+    feed->k->load(feed->k, samples_write(x, own), hidden, DTYPE_F32, (int64_t)elements);
     /* NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): world_agree has seen that the memory is there */
     if (ids) memcpy(ids + (size_t)own * (size_t)feed->seqlen, sample_ids, (size_t)feed->seqlen * sizeof *ids);
     own++;

@@ -3,7 +3,7 @@
 #define OMNIQUANT_FEED_H
 
 #include "checkpoint.h"
-#include "kernels.h"
+#include "samples.h"
 #include "tokens.h"
 #include "world.h"
 
@@ -23,8 +23,8 @@ struct feed {
 
 /* Embeds every sample and leaves those of this rank, in their order, in x. Collective.
  * Errors are agreed: every rank returns the same. */
-int feed_embed(const struct feed *feed, data *x, /* [own samples, T, hidden], device memory */
-               int32_t *ids,                     /* [own samples, T], host memory, or NULL */
+int feed_embed(const struct feed *feed, struct samples *x, /* [own samples] */
+               int32_t *ids,                               /* [own samples, T], host memory, or NULL */
                struct error *error);
 
 #endif

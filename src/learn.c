@@ -11,10 +11,6 @@ static int64_t sample_elements(const struct learner *l) {
   return (int64_t)l->block->tokens * l->block->model->hidden;
 }
 
-static data *sample_at(const struct learner *l, const data *samples, int local) {
-  return data_at(l->k, samples, local * sample_elements(l));
-}
-
 static bool searches(const struct learner *l) {
   return l->recipe->lwc && l->recipe->lwc_init == LWC_INIT_SEARCH;
 }
@@ -52,15 +48,16 @@ int learner_init(struct learner *l, struct error *error) {
   if (searches(l)) place_importances(l);
   size_t count = (size_t)l->count, depth = (size_t)shard_sum_depth(l->shard), columns = (size_t)l->importances;
   size_t summed = count + 1 > columns ? count + 1 : columns, steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
-  size_t sample_bytes = (size_t)sample_elements(l) * k->element_bytes, shard_bytes = (size_t)l->shard->count * sample_bytes;
+  size_t sample_bytes = (size_t)sample_elements(l) * k->element_bytes;
+  if (samples_init(&l->x_q, k, l->shard->count, sample_elements(l), error) ||
+      samples_init(&l->next, k, l->shard->count, sample_elements(l), error))
+    return error->code;
+  if (l->recipe->aug_loss && samples_init(&l->augmented, k, l->shard->count, sample_elements(l), error)) return error->code;
   struct {
     void *field;
     size_t bytes;
     bool needed;
   } device[] = {
-      {&l->x_q, shard_bytes, true},
-      {&l->next, shard_bytes, true},
-      {&l->augmented, shard_bytes, l->recipe->aug_loss},
       {&l->y, sample_bytes, true},
       {&l->dy, sample_bytes, true},
       {&l->copy.x, sample_bytes, repeats(l)},
@@ -80,9 +77,8 @@ int learner_init(struct learner *l, struct error *error) {
     if (!device[i].needed) continue;
     void *memory = k->allocate(k, device[i].bytes);
     if (!memory)
-      return error_set(error, ERROR_WORK,
-                       "rank %d: out of memory on %s for learning from %d samples (%zu bytes); lower --samples or use more ranks",
-                       l->world->rank, k->name, l->shard->count, device[i].bytes);
+      return error_set(error, ERROR_WORK, "rank %d: out of memory on %s for learning (%zu bytes)", l->world->rank, k->name,
+                       device[i].bytes);
     memcpy(device[i].field, &memory, sizeof memory);
   }
   l->losses = calloc(2 * (size_t)l->shard->samples + steps, sizeof(float));
@@ -91,11 +87,18 @@ int learner_init(struct learner *l, struct error *error) {
   return 0;
 }
 
+int learner_place(struct learner *l, struct error *error) {
+  if (samples_place(&l->x_q, error) || samples_place(&l->next, error)) return error->code;
+  return l->recipe->aug_loss ? samples_place(&l->augmented, error) : 0;
+}
+
 void learner_free(struct learner *l) {
-  void *const device[] = {l->x_q,         l->next,           l->augmented, l->y,           l->dy,   l->copy.x,
-                          l->copy.target, l->copy.augmented, l->gradient,  l->scratch,     l->m,    l->v,
-                          l->start,       l->importance,     l->step_loss, l->sample_loss, l->state};
+  void *const device[] = {l->y, l->dy, l->copy.x, l->copy.target, l->copy.augmented, l->gradient,    l->scratch,
+                          l->m, l->v,  l->start,  l->importance,  l->step_loss,      l->sample_loss, l->state};
   if (!l->k) return;
+  samples_free(&l->x_q);
+  samples_free(&l->next);
+  samples_free(&l->augmented);
   for (int i = 0; i < LEARNER_MOST_RECORDINGS; i++)
     if (l->recording[i].made) l->k->forget(l->k, l->recording[i].made);
   if (l->quantizing) l->k->forget(l->k, l->quantizing);
@@ -118,9 +121,9 @@ void learner_quantize(struct learner *l, struct learned with, bool at_rest) {
   lwc_quantize(&l->lwc, l->block, &l->let, with.factor, at_rest);
 }
 
-static struct sample sample_of(const struct learner *l, int local) {
-  return (struct sample){sample_at(l, l->x_q, local), sample_at(l, l->target->x, local),
-                         l->recipe->aug_loss ? sample_at(l, l->augmented, local) : NULL};
+static struct sample sample_of(struct learner *l, int local) {
+  return (struct sample){samples_read(&l->x_q, local), samples_read(&l->target->x, local),
+                         l->recipe->aug_loss ? samples_read(&l->augmented, local) : NULL};
 }
 
 /* Loss of a sample's output y: method.md section 4, step 2. */
@@ -134,7 +137,7 @@ static double measure(struct learner *l, struct learned with) {
   int samples = l->shard->samples, count = l->shard->count;
   learner_quantize(l, with, true);
   for (int i = 0; i < count && !world_stopping(l->world); i++) {
-    data *y = sample_at(l, l->next, i);
+    data *y = samples_write(&l->next, i);
     struct sample sample = sample_of(l, i);
     block_forward(l->block, BLOCK_QUANTIZED, y, sample.x);
     sample_loss(l, l->sample_loss + i, NULL, y, &sample, 1);
@@ -155,7 +158,7 @@ static void observe_sample(void *context, int local, float *out) {
   struct learner *l = context;
   const struct model *model = l->block->model;
   if (world_stopping(l->world)) return;
-  block_forward(l->block, BLOCK_FULL, l->recipe->aug_loss ? sample_at(l, l->augmented, local) : l->y, sample_at(l, l->x_q, local));
+  block_forward(l->block, BLOCK_FULL, l->recipe->aug_loss ? samples_write(&l->augmented, local) : l->y, samples_read(&l->x_q, local));
   l->k->clear(l->k, out, (size_t)l->importances * sizeof(float));
   for (int i = 0; i < model->linears && l->importances; i++) {
     int64_t rows;
@@ -407,7 +410,7 @@ int learner_run(struct learner *l, int index, struct outcome *outcome, struct er
   if (learns(l)) learn(l, index, outcome);
   timing_enter(l->timing, PHASE_MEASURE);
   if (outcome->kept != KEPT_END) outcome->loss[outcome->kept] = measure(l, learner_result(l, outcome));
-  data *before = l->x_q; /* the last measured was what is kept: `next` is its output */
+  struct samples before = l->x_q; /* the last measured was what is kept: `next` is its output */
   l->x_q = l->next;
   l->next = before;
   return l->k->synchronize(l->k, error);
@@ -415,7 +418,7 @@ int learner_run(struct learner *l, int index, struct outcome *outcome, struct er
 
 static void pass(struct learner *l, enum block_weights which) {
   for (int i = 0; i < l->shard->count && !world_stopping(l->world); i++) {
-    data *x = sample_at(l, l->x_q, i);
+    data *x = samples_change(&l->x_q, i);
     block_forward(l->block, which, x, x);
     poll(l);
   }

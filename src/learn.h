@@ -47,19 +47,19 @@ struct learner {
   struct kernels *k;
   struct block *block;
   const struct shard *shard;
-  const struct target *target; /* what the block's output is to be; computed before learner_run */
-  struct stream *stream;       /* polled during the work; may be NULL */
-  struct progress *progress;   /* NULL on ranks that do not report */
-  struct timing *timing;       /* told of each phase; may be NULL */
+  struct target *target;     /* what the block's output is to be; computed before learner_run */
+  struct stream *stream;     /* polled during the work; may be NULL */
+  struct progress *progress; /* NULL on ranks that do not report */
+  struct timing *timing;     /* told of each phase; may be NULL */
 
   struct lwc lwc;
   struct let let;
-  data *x_q;          /* this rank's samples, [shard.count, T, hidden]: output of the quantized blocks before */
-  data *next;         /* the same after this block */
-  data *augmented;    /* of aug_loss: the full-precision block's output on x_q; else NULL */
-  int64_t count;      /* learnable parameters: 2 * lwc.groups, then let.count */
-  data *y, *dy;       /* [T, hidden] */
-  struct sample copy; /* of the sample in work, where the device repeats */
+  struct samples x_q;       /* this rank's samples, each [T, hidden]: output of the quantized blocks before */
+  struct samples next;      /* the same after this block */
+  struct samples augmented; /* of aug_loss: the full-precision block's output on x_q */
+  int64_t count;            /* learnable parameters: 2 * lwc.groups, then let.count */
+  data *y, *dy;             /* [T, hidden] */
+  struct sample copy;       /* of the sample in work, where the device repeats */
   struct recording recording[LEARNER_MOST_RECORDINGS];
   void *quantizing;                         /* the same of quantizing the weights */
   float *gradient;                          /* [count + 1]: of factors (parameters after a step), then of LET's parameters, then the loss */
@@ -79,6 +79,9 @@ struct learner {
 /* The caller sets the fields above the blank line; they must outlive the learner. Errors: ERROR_WORK (memory), ERROR_INPUT for a recipe that
  * the model cannot follow; learner_free even then. */
 int learner_init(struct learner *learner, struct error *error);
+
+/* Places the samples, when all else is allocated. Errors: ERROR_WORK (memory). */
+int learner_place(struct learner *learner, struct error *error);
 void learner_free(struct learner *learner);
 
 /* Learns one loaded block, whose target is there: its effective tensors become the best quantization found, and x_q their output. A run that

@@ -36,7 +36,7 @@ static void find_times(struct plan *plan, const struct rehearsal *work) {
   const struct machine *machine = &plan->machine;
   double unused[PLAN_PARTS], reduce = machine_allreduce_seconds(machine, plan->ranks, plan->gradient_bytes);
   bool searches = plan->recipe.lwc && plan->recipe.lwc_init == LWC_INIT_SEARCH;
-  double copies = machine->device_memory > 0 ? (plan->block_bytes + plan->output_bytes_a_block) / machine->copy_bandwidth : 0;
+  double copies = machine->device_memory > 0 ? plan->output_bytes_a_block / machine->copy_bandwidth : 0;
   plan->step_seconds = time_of(machine, &work->step, plan->step);
   plan->block_seconds = time_of(machine, &work->block, plan->block);
   if (work->steps > 0) plan->step[PLAN_ALLREDUCE] = reduce;
@@ -65,16 +65,33 @@ static double attention_scratch(const struct plan *plan, int threads) {
   return (2.0 * model->heads * head + 2.0 * threads * 64 * T) * (double)sizeof(float);
 }
 
+/* Places the arrays of hidden states one after the other as samples.c does: each while the card has room for all of it beside the windows of those that
+ * are still to be placed. What the program holds back then is part of device_overhead. */
+static void place_streams(struct plan *plan, int arrays, double rest /* of the card's memory */, double samples) {
+  struct plan_memory *memory = &plan->memory;
+  double array = memory->streams / arrays, windows = samples > 0 ? 2 * array / samples : 0, taken = rest + arrays * windows;
+  for (int i = 0; i < arrays; i++) {
+    if (taken + array <= plan->machine.device_memory) {
+      taken += array - windows;
+    } else {
+      memory->streams_on_host += array;
+      memory->windows += windows;
+    }
+  }
+  memory->device = taken;
+}
+
 static void find_memory(struct plan *plan, const struct rehearsal *work, int threads) {
   const struct model *model = &plan->model;
   const struct machine *machine = &plan->machine;
   struct plan_memory *memory = &plan->memory;
   double element = machine->element_bytes;
-  double streams = 3 + (plan->recipe.aug_loss ? 1 : 0);
+  int arrays = 3 + (plan->recipe.aug_loss ? 1 : 0);
+  *memory = (struct plan_memory){0};
   memory->weights = memory->effective = (double)model->elements * element;
   memory->weight_gradient = (double)work->gradient_allocated;
   memory->activations = (double)work->block_allocated - 2 * memory->weights - memory->weight_gradient;
-  memory->streams = streams * work->samples * plan->recipe.seqlen * model->hidden * element;
+  memory->streams = (double)arrays * work->samples * plan->recipe.seqlen * model->hidden * element;
   memory->learnables = (double)(work->allocated - work->block_allocated) - memory->streams;
   memory->image = (double)model->image_bytes;
   bool card = machine->device_memory > 0, one = model->blocks == 1;
@@ -83,10 +100,10 @@ static void find_memory(struct plan *plan, const struct rehearsal *work, int thr
   memory->backend = card ? machine->device_overhead : attention_scratch(plan, threads);
   double computing = (double)work->allocated + memory->backend, common = card ? 0 : memory->weights + memory->effective;
   double neighbours = plan->ranks < machine->ranks_a_node ? plan->ranks : machine->ranks_a_node;
+  if (card) place_streams(plan, arrays, computing - memory->streams + memory->image, work->samples);
   /* Where no block follows, the image is given back before effective weights are made. */
   double before = memory->image + memory->program,
-         own = memory->program + (card ? 0 : computing - common) + (one && !card ? 0 : memory->image);
-  memory->device = card ? computing : 0;
+         own = memory->program + (card ? memory->streams_on_host : computing - common) + (one && !card ? 0 : memory->image);
   memory->host = common + own + memory->output;
   memory->node = larger(common + own * neighbours + memory->output, (card ? 0 : memory->weights) + before * neighbours);
 }

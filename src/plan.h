@@ -34,9 +34,11 @@ struct plan_memory {
   double weight_gradient;    /* of some rows of one linear layer at a time */
   double activations;        /* of one sample, with their gradients */
   double streams;            /* its samples' hidden states: target, quantized, and those behind the block */
+  double streams_on_host;    /* of them what a card has no room for (samples.h), */
+  double windows;            /* and what it then holds of these */
   double learnables;         /* factors, LET, their gradients and moments */
   double backend;            /* scratch; on a card what context and libraries take */
-  double image;              /* a block as it is read, broadcast and waited for */
+  double image;              /* a block as it is read, broadcast and waited for: on the host, and on a card too */
   double output;             /* rank 0: blocks on their way to the store */
   double program;
   double device, host; /* sums: on the card, and in the host's memory of rank 0 */

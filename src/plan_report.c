@@ -50,14 +50,18 @@ static void print_memory(const struct plan *plan) {
   print_bytes("effective weights", memory->effective, "");
   print_bytes("gradient of some rows of a weight", memory->weight_gradient, "");
   print_bytes("activations of a sample", memory->activations, "");
-  print_bytes(card ? "streams of its samples, there too" : "streams of its samples", memory->streams, "");
+  print_bytes(card ? "streams of its samples, there too" : "streams of its samples",
+              memory->streams - memory->streams_on_host + memory->windows,
+              memory->streams_on_host > 0 ? "  of those on the host two samples each" : "");
   print_bytes("learnables and their optimizer", memory->learnables, "");
   print_bytes(card ? "context, libraries, NCCL" : "scratch of kernels", memory->backend, "");
   if (card) {
+    print_bytes("the next block as it comes", memory->image, "");
     print_bytes("all, on the device", memory->device, "");
     printf("memory of rank 0, on the host\n");
   }
   print_bytes("a block as it is read", memory->image, "");
+  if (memory->streams_on_host > 0) print_bytes("streams of its samples, pinned", memory->streams_on_host, "");
   print_bytes("blocks being stored (rank 0)", memory->output, "");
   print_bytes("program", memory->program, "");
   print_bytes(card ? "all, on the host" : "all (rank 0)", memory->host, "");
@@ -109,10 +113,11 @@ static json_t *parts_json(const double parts[PLAN_PARTS], double sum) {
 }
 
 static json_t *memory_json(const struct plan_memory *memory) {
-  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
+  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
                    memory->effective, "weight_gradient", memory->weight_gradient, "activations", memory->activations, "streams",
-                   memory->streams, "learnables", memory->learnables, "backend", memory->backend, "image", memory->image, "output",
-                   memory->output, "program", memory->program, "device", memory->device, "host", memory->host, "node", memory->node);
+                   memory->streams, "streams_on_host", memory->streams_on_host, "learnables", memory->learnables, "backend",
+                   memory->backend, "image", memory->image, "output", memory->output, "program", memory->program, "device", memory->device,
+                   "host", memory->host, "node", memory->node);
 }
 
 /* What bench/simulate.py needs of the work. */

@@ -21,16 +21,14 @@ int rank_open_learner(struct rank *rank, const struct recipe *recipe, int ranks,
       .world = &rank->world, .k = k, .block = &rank->block, .shard = &rank->shard, .statistics = recipe->let ? &rank->statistics : NULL};
   rank->learner = (struct learner){
       .recipe = recipe, .world = &rank->world, .k = k, .block = &rank->block, .shard = &rank->shard, .target = &rank->target};
-  rank->target.x = k->allocate(k, (size_t)rank->shard.count * (size_t)recipe->seqlen * (size_t)model->hidden * k->element_bytes);
-  if (!rank->target.x) return error_set(error, ERROR_WORK, "out of memory on %s for %d samples", k->name, rank->shard.count);
-  return target_init(&rank->target, error) ? error->code : learner_init(&rank->learner, error);
+  if (target_init(&rank->target, error) || learner_init(&rank->learner, error)) return error->code;
+  return samples_place(&rank->target.x, error) ? error->code : learner_place(&rank->learner, error);
 }
 
 void rank_close(struct rank *rank) {
   struct kernels *k = rank->k;
   if (!k) return;
   free(rank->image);
-  if (rank->target.x) k->release(k, rank->target.x);
   learner_free(&rank->learner);
   target_free(&rank->target);
   let_statistics_free(&rank->statistics);
@@ -72,7 +70,6 @@ static void fill_image(const struct model *model, char *image) {
 }
 
 int rank_fill(struct rank *rank, struct error *error) {
-  const struct learner *l = &rank->learner;
   int64_t count = (int64_t)rank->block.tokens * rank->block.model->hidden;
   float *sample = malloc((size_t)count * sizeof *sample);
   rank->image = calloc(1, rank->block.model->image_bytes);
@@ -84,9 +81,9 @@ int rank_fill(struct rank *rank, struct error *error) {
   uint32_t state = 7;
   for (int i = 0; i < rank->shard.count; i++) {
     for (int64_t j = 0; j < count; j++) sample[j] = uniform(&state);
-    rank->k->load(rank->k, data_at(rank->k, rank->target.x, i * count), sample, DTYPE_F32, count);
+    rank->k->load(rank->k, samples_write(&rank->target.x, i), sample, DTYPE_F32, count);
   }
-  rank->k->copy(rank->k, l->x_q, rank->target.x, (size_t)rank->shard.count * (size_t)count * rank->k->element_bytes);
+  samples_copy(&rank->learner.x_q, &rank->target.x);
   free(sample);
   return 0;
 }

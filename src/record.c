@@ -51,10 +51,10 @@ static struct named_array *array_named(struct block_record *record, const char *
   return array;
 }
 
-/* Copies a part's rows to their places in the checkpoint's tensor. */
-static void place_rows(void *to, const void *from, const struct row_map *source, int64_t rows, size_t row_bytes) {
+/* Copies a part's rows, from row `first` on, to their places in the checkpoint's tensor. */
+static void place_rows(void *to, const void *from, const struct row_map *source, int64_t first, int64_t rows, size_t row_bytes) {
   for (int64_t row = 0; row < rows; row++)
-    memcpy((char *)to + (size_t)source_row(source, row) * row_bytes, (const char *)from + (size_t)row * row_bytes, row_bytes);
+    memcpy((char *)to + (size_t)source_row(source, first + row) * row_bytes, (const char *)from + (size_t)row * row_bytes, row_bytes);
 }
 
 static const struct row_map *source_of(const struct learner *l, int linear) {
@@ -62,44 +62,79 @@ static const struct row_map *source_of(const struct learner *l, int linear) {
   return &model->tensor[model->linear[linear].weight].source;
 }
 
-/* Device and host memory for the codes of one layer. */
-struct codes {
-  uint8_t *codes, *zero_point;
-  uint16_t *scale;
+/* ---- codes, in panels of rows: what the device and the host hold of them on the way is small, whatever the layer ---- */
+
+static const int64_t PANEL = 1 << 24;
+
+struct panel {
+  int64_t first, rows;
+  size_t codes, groups, bytes; /* of its codes, its groups, and of all: codes, then zero points, then scales, each at a multiple of 16 */
+  size_t zero_point, scale;    /* where they begin */
 };
 
-static void quantize_layer(const struct learner *l, int index, const float *factor, const struct codes *device) {
-  const struct quantized_shape *shape = &l->lwc.shape[index];
-  const float *hi = factor ? factor + l->lwc.first[index] : NULL, *lo = factor ? hi + l->lwc.groups : NULL;
-  struct weight_scales scales = let_scales(&l->let, index);
-  l->k->quantize_codes(l->k, device->codes, device->scale, device->zero_point,
-                       block_tensor(l->block, BLOCK_FULL, l->block->model->linear[index].weight), &scales, hi, lo, shape);
+static size_t after(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
 }
 
-static int record_linear(struct block_record *record, const struct learner *l, int index, const float *factor, struct error *error) {
-  struct kernels *k = l->k;
+/* From row `first` on, of as many weights at the most, but a row at least. */
+static struct panel panel_at(const struct quantized_shape *shape, int64_t first, int64_t weights) {
+  int64_t most = shape->columns < weights ? weights / shape->columns : 1, left = shape->rows - first;
+  struct panel panel = {.first = first, .rows = left < most ? left : most};
+  panel.codes = (size_t)(panel.rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
+  panel.groups = (size_t)(panel.rows * groups_per_row(shape));
+  panel.zero_point = after(panel.codes);
+  panel.scale = panel.zero_point + after(panel.groups);
+  panel.bytes = panel.scale + panel.groups * sizeof(uint16_t);
+  return panel;
+}
+
+int record_room_init(struct record_room *room, const struct learner *l, struct error *error) {
+  size_t most = 1;
+  for (int i = 0; i < l->block->model->linears; i++) {
+    const struct quantized_shape *shape = &l->lwc.shape[i];
+    if (shape->rows > 0 && panel_at(shape, 0, PANEL).bytes > most) most = panel_at(shape, 0, PANEL).bytes;
+  }
+  *room = (struct record_room){.k = l->k, .panel = PANEL, .device = l->k->allocate(l->k, most), .host = l->k->allocate_host(l->k, most)};
+  if (room->device && room->host) return 0;
+  return error_set(error, ERROR_WORK, "out of memory on %s for a block's codes (%zu bytes)", l->k->name, most);
+}
+
+void record_room_free(struct record_room *room) {
+  if (!room->k) return;
+  if (room->device) room->k->release(room->k, room->device);
+  room->k->release_host(room->k, room->host);
+  *room = (struct record_room){0};
+}
+
+static void quantize_panel(const struct record_room *room, const struct learner *l, int index, const float *factor,
+                           const struct panel *panel) {
+  struct quantized_shape shape = l->lwc.shape[index];
+  struct weight_scales scales = let_scales(&l->let, index);
+  const float *hi = factor ? factor + l->lwc.first[index] + panel->first * groups_per_row(&shape) : NULL,
+              *lo = factor ? hi + l->lwc.groups : NULL;
+  const data *w = block_tensor(l->block, BLOCK_FULL, l->block->model->linear[index].weight);
+  if (scales.row) scales.row += panel->first;
+  w = data_at(l->k, w, panel->first * shape.columns);
+  shape.rows = panel->rows;
+  l->k->quantize_codes(l->k, room->device, (uint16_t *)(void *)(room->device + panel->scale), room->device + panel->zero_point, w, &scales,
+                       hi, lo, &shape);
+  l->k->download(l->k, room->host, room->device, panel->bytes);
+}
+
+static int record_linear(struct block_record *record, const struct record_room *room, const struct learner *l, int index,
+                         const float *factor, struct error *error) {
   const struct quantized_shape *shape = &l->lwc.shape[index];
   const struct row_map *source = source_of(l, index);
-  size_t row_groups = (size_t)groups_per_row(shape), groups = (size_t)groups_of(shape);
-  size_t row_bytes = (size_t)packed_row_bytes(shape->columns, shape->quantizer.bits), bytes = (size_t)shape->rows * row_bytes;
+  size_t row_groups = (size_t)groups_per_row(shape), row_bytes = (size_t)packed_row_bytes(shape->columns, shape->quantizer.bits);
   struct quantized_linear *linear = linear_named(record, &l->block->model->linear[index], source, shape, error);
-  struct codes device = {k->allocate(k, bytes), k->allocate(k, groups), k->allocate(k, groups * sizeof(uint16_t))};
-  char *host = host_memory(bytes + groups * sizeof(uint16_t), 1, error);
-  if (!device.codes || !device.zero_point || !device.scale)
-    error_set(error, ERROR_WORK, "out of memory on %s for a block's codes", k->name);
-  if (!error->code) {
-    quantize_layer(l, index, factor, &device);
-    k->download(k, host, device.codes, bytes);
-    place_rows(linear->codes, host, source, shape->rows, row_bytes);
-    k->download(k, host, device.zero_point, groups);
-    place_rows(linear->zero_point, host, source, shape->rows, row_groups);
-    k->download(k, host, device.scale, groups * sizeof(uint16_t));
-    place_rows(linear->scale, host, source, shape->rows, row_groups * sizeof(uint16_t));
+  for (int64_t row = 0; row < shape->rows && !error->code;) {
+    struct panel panel = panel_at(shape, row, room->panel);
+    quantize_panel(room, l, index, factor, &panel);
+    place_rows(linear->codes, room->host, source, row, panel.rows, row_bytes);
+    place_rows(linear->zero_point, room->host + panel.zero_point, source, row, panel.rows, row_groups);
+    place_rows(linear->scale, room->host + panel.scale, source, row, panel.rows, row_groups * sizeof(uint16_t));
+    row += panel.rows;
   }
-  free(host);
-  k->release(k, device.codes);
-  k->release(k, device.zero_point);
-  k->release(k, device.scale);
   return error->code;
 }
 
@@ -118,7 +153,7 @@ static int record_factors(struct block_record *record, const struct learner *l, 
     if (error->code) break;
     l->k->download(l->k, host, factor + end * l->lwc.groups + l->lwc.first[index], (size_t)groups * sizeof *host);
     for (int64_t g = 0; l->lwc.sigmoid && g < groups; g++) host[g] = logf(host[g] / (1 - host[g]));
-    place_rows(array->values, host, source_of(l, index), shape->rows, (size_t)per_row * sizeof *host);
+    place_rows(array->values, host, source_of(l, index), 0, shape->rows, (size_t)per_row * sizeof *host);
   }
   free(host);
   return error->code;
@@ -176,7 +211,8 @@ static int record_folded_tensor(struct block_record *record, const struct learne
 
 /* ---- the whole ---- */
 
-int record_block(struct block_record *record, const struct learner *l, int index, const struct outcome *outcome, struct error *error) {
+int record_block(struct block_record *record, const struct record_room *room, const struct learner *l, int index,
+                 const struct outcome *outcome, struct error *error) {
   const struct model *model = l->block->model;
   struct learned learned = learner_result(l, outcome);
   *record = (struct block_record){.index = index,
@@ -192,7 +228,7 @@ int record_block(struct block_record *record, const struct learner *l, int index
   record->folded = host_memory((size_t)model->tensors, sizeof *record->folded, error);
   for (int i = 0; i < model->linears && !error->code; i++) {
     if (!model->linear[i].quantized) continue;
-    record_linear(record, l, i, learned.factor, error);
+    record_linear(record, room, l, i, learned.factor, error);
     if (learned.factor && !error->code) record_factors(record, l, i, learned.factor, error);
   }
   for (int i = 0; i < model->tensors && learned.let && !error->code; i++)

@@ -45,7 +45,7 @@ static int pack(struct rank *rank, struct error *error) {
 /* All that is done to a block; its rows are noted. */
 static int block(struct rank *rank, struct error *error) {
   struct outcome outcome;
-  block_load(&rank->block, rank->image ? (const void *)rank->image : rank->target.x /* an address that nobody reads */);
+  block_load(&rank->block, rank->image ? (const void *)rank->image : rank->target.x.all /* an address that nobody reads */);
   target_pass(&rank->target, true);
   return learner_run(&rank->learner, 0, &outcome, error) ? error->code : pack(rank, error);
 }
@@ -63,7 +63,7 @@ static int run(struct rehearsed *r, int ranks, struct rehearsal *rehearsal, stru
   if (block(rank, error)) return error->code;
   rehearsal->block = take(r);
   *search = (struct trace_row){search->calls, search->flops / ranks, search->bytes / ranks, search->seconds / ranks};
-  data *x = l->x_q;
+  data *x = samples_read(&l->x_q, 0);
   block_forward(&rank->block, BLOCK_QUANTIZED, l->y, x);
   rehearsal->forward = take(r);
   if (rehearsal->steps == 0) return 0;

@@ -84,7 +84,7 @@ int resume_streams(struct run *run, struct error *error) {
     if (block <= 0) break;
     struct error damage = {0};
     for (int i = 0; i < run->count && !damage.code; i++)
-      if (is_mine(run, &run->jobs[i])) streams_load(&run->jobs[i].streams, block, run->target.x, run->jobs[i].learner.x_q, &damage);
+      if (is_mine(run, &run->jobs[i])) streams_load(&run->jobs[i].streams, block, &run->target.x, &run->jobs[i].learner.x_q, &damage);
     if (least(run, damage.code ? 0 : 1) == 1) {
       run->start = run->streams_at = block;
       break;
@@ -129,7 +129,7 @@ int resume_save(struct run *run, int block, struct error *error) {
   for (int i = 0; i < run->count; i++) {
     struct job *job = &run->jobs[i];
     struct error failure = {0};
-    if (is_mine(run, job) && run->shard.count > 0 && streams_save(&job->streams, block, run->target.x, job->learner.x_q, &failure))
+    if (is_mine(run, job) && run->shard.count > 0 && streams_save(&job->streams, block, &run->target.x, &job->learner.x_q, &failure))
       fprintf(stderr, "rank %d: no checkpoint of the streams: %s\n", run->world->rank, failure.message);
   }
   return world_agree(run->world, error);

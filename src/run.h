@@ -20,17 +20,19 @@ struct result {
 struct job {
   const struct recipe *recipe;
   const char *output;
-  struct store_info info; /* of its store, on every rank */
-  int stored;             /* blocks [run->first, stored) are in the store already */
-  int team;               /* that calibrates it */
-  struct learner learner; /* that team's */
-  struct streams streams; /* that team's */
-  struct timing timing;   /* of the block at work; that team's */
-  float *rank_seconds;    /* for timing_gather; that team's */
+  struct store_info info;  /* of its store, on every rank */
+  int stored;              /* blocks [run->first, stored) are in the store already */
+  int team;                /* that calibrates it */
+  struct learner learner;  /* that team's */
+  struct streams streams;  /* that team's */
+  struct timing timing;    /* of the block at work; that team's */
+  float *rank_seconds;     /* for timing_gather; that team's */
+  struct record_room room; /* the team's first rank's */
 
   /* rank 0, and the first rank of the team until rank 0 has it */
   struct result result;
-  struct block_image image;
+  struct block_record record; /* on rank 0, which makes the file beside the next block's work, */
+  struct block_image image;   /* or the file itself, as other ranks send it */
 
   /* rank 0 */
   struct store *store;

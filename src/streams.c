@@ -132,7 +132,8 @@ static void *writing_main(void *argument) {
 }
 
 /* The samples as they are now. */
-static int samples_take(const struct streams *streams, struct streams_writing *w, const data *x_fp, const data *x_q, struct error *error) {
+static int values_take(const struct streams *streams, struct streams_writing *w, struct samples *x_fp, struct samples *x_q,
+                       struct error *error) {
   int count = streams->shard->count;
   w->arrays = 2 * count;
   w->array_bytes = (size_t)streams->elements * sizeof(float);
@@ -142,13 +143,13 @@ static int samples_take(const struct streams *streams, struct streams_writing *w
   for (int i = 0; i < count; i++) {
     float *values = w->values + 2 * i * streams->elements;
     w->sample[i] = shard_sample(streams->shard, i);
-    streams->k->fetch(streams->k, values, data_at(streams->k, x_fp, i * streams->elements), streams->elements);
-    streams->k->fetch(streams->k, values + streams->elements, data_at(streams->k, x_q, i * streams->elements), streams->elements);
+    streams->k->fetch(streams->k, values, samples_read(x_fp, i), streams->elements);
+    streams->k->fetch(streams->k, values + streams->elements, samples_read(x_q, i), streams->elements);
   }
   return 0;
 }
 
-int streams_save(struct streams *streams, int block, const data *x_fp, const data *x_q, struct error *error) {
+int streams_save(struct streams *streams, int block, struct samples *x_fp, struct samples *x_q, struct error *error) {
   struct streams_writing *w = calloc(1, sizeof *w);
   char name[32], *folder = folder_of(streams, block, error);
   size_t made;
@@ -157,7 +158,7 @@ int streams_save(struct streams *streams, int block, const data *x_fp, const dat
   if (!error->code && !folder_make(folder, &made, error)) w->path = path_join(folder, name, error);
   free(folder);
   if (!error->code) identity_of(streams, block, w->identity, error);
-  if (!error->code) samples_take(streams, w, x_fp, x_q, error);
+  if (!error->code) values_take(streams, w, x_fp, x_q, error);
   if (!error->code && pthread_create(&w->thread, NULL, writing_main, w))
     error_set(error, ERROR_WORK, "%s: no thread for a checkpoint of the streams", streams->output);
   if (error->code)
@@ -247,8 +248,8 @@ struct search {
   const struct streams *streams;
   bool *found; /* [2 * shard->count] */
   int missing;
-  data *x[2];    /* where samples are read to; NULL: only looked for */
-  float *values; /* one sample */
+  struct samples *x[2]; /* where samples are read to; NULL: only looked for */
+  float *values;        /* one sample */
 };
 
 static bool sum_matches(const struct safetensors *file, const struct tensor *tensor, const float *values) {
@@ -269,8 +270,7 @@ static bool array_read(struct search *search, const struct safetensors *file, co
   const struct streams *streams = search->streams;
   if (!search->x[0]) return true;
   if (safetensors_read(tensor, 0, tensor->bytes, search->values, &error) || !sum_matches(file, tensor, search->values)) return false;
-  streams->k->load(streams->k, data_at(streams->k, search->x[array % 2], array / 2 * streams->elements), search->values, DTYPE_F32,
-                   streams->elements);
+  streams->k->load(streams->k, samples_write(search->x[array % 2], array / 2), search->values, DTYPE_F32, streams->elements);
   return true;
 }
 
@@ -287,7 +287,7 @@ static void search_file(void *context, const struct safetensors *file) {
 }
 
 /* Whether all of this rank's samples are there; read into x_fp and x_q unless these are NULL. */
-static bool search_all(const struct streams *streams, int block, data *x_fp, data *x_q) {
+static bool search_all(const struct streams *streams, int block, struct samples *x_fp, struct samples *x_q) {
   int arrays = 2 * streams->shard->count;
   struct search search = {.streams = streams,
                           .found = calloc((size_t)arrays + 1, sizeof *search.found),
@@ -317,7 +317,7 @@ int streams_latest(const struct streams *streams, int most) {
   return latest;
 }
 
-int streams_load(const struct streams *streams, int block, data *x_fp, data *x_q, struct error *error) {
+int streams_load(const struct streams *streams, int block, struct samples *x_fp, struct samples *x_q, struct error *error) {
   if (streams->shard->count == 0 || search_all(streams, block, x_fp, x_q)) return 0;
   return error_set(error, ERROR_INPUT, "%s/%s/%04d: not all of this rank's samples are there, whole and of this run", streams->output,
                    FOLDER, block);

@@ -4,7 +4,7 @@
 #ifndef OMNIQUANT_STREAMS_H
 #define OMNIQUANT_STREAMS_H
 
-#include "kernels.h"
+#include "samples.h"
 #include "shard.h"
 #include "store_info.h"
 
@@ -23,7 +23,7 @@ struct streams {
 
 /* Takes this rank's samples as they are and begins to write them as inputs of `block`. The checkpoint before must be settled.
  * Errors: ERROR_WORK (memory, threads). */
-int streams_save(struct streams *streams, int block, const data *x_fp, const data *x_q, /* [shard->count, elements] each, device memory */
+int streams_save(struct streams *streams, int block, struct samples *x_fp, struct samples *x_q /* [shard->count] each */,
                  struct error *error);
 
 /* Waits until it is written. Errors: ERROR_WORK of writing it. */
@@ -36,6 +36,6 @@ void streams_sweep(const struct streams *streams, int block);
 int streams_latest(const struct streams *streams, int most);
 
 /* Reads this rank's samples as inputs of `block`, checksums verified. Errors: ERROR_INPUT: missing, damaged, of another run; ERROR_WORK. */
-int streams_load(const struct streams *streams, int block, data *x_fp, data *x_q, struct error *error);
+int streams_load(const struct streams *streams, int block, struct samples *x_fp, struct samples *x_q, struct error *error);
 
 #endif

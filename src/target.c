@@ -7,6 +7,7 @@
 static const double KEEP = 0.99; /* of the running middle, a sample */
 
 int target_init(struct target *t, struct error *error) {
+  if (samples_init(&t->x, t->k, t->shard->count, (int64_t)t->block->tokens * t->block->model->hidden, error)) return error->code;
   if (!t->statistics) return 0;
   size_t bytes = (size_t)t->statistics->count * sizeof(float);
   t->step = t->k->allocate(t->k, bytes);
@@ -19,11 +20,12 @@ void target_free(struct target *t) {
   if (t->step) t->k->release(t->k, t->step);
   if (t->scratch) t->k->release(t->k, t->scratch);
   t->step = t->scratch = NULL;
+  samples_free(&t->x);
 }
 
 static void forward_sample(struct target *t, int local) {
   if (world_stopping(t->world)) return; /* nobody will need it */
-  data *x = data_at(t->k, t->x, (int64_t)local * t->block->tokens * t->block->model->hidden);
+  data *x = samples_change(&t->x, local);
   block_forward(t->block, BLOCK_FULL, x, x);
   if (t->stream) stream_poll(t->stream);
 }

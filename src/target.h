@@ -4,6 +4,7 @@
 #define OMNIQUANT_TARGET_H
 
 #include "let.h"
+#include "samples.h"
 #include "shard.h"
 #include "stream.h"
 
@@ -14,8 +15,8 @@ struct target {
   const struct shard *shard;
   struct stream *stream;             /* polled during the work; may be NULL */
   struct let_statistics *statistics; /* NULL: nobody asks for them */
-  data *x;                           /* this rank's samples, [shard.count, T, hidden], device memory */
 
+  struct samples x;      /* this rank's samples, each [T, hidden]; to be placed */
   float *step, *scratch; /* sums over samples */
 };
 

@@ -11,8 +11,8 @@ enum phase {
   PHASE_START,   /* the first clipping factors (search) and transformation */
   PHASE_STEPS,   /* of training: quantizing weights, forward and backward passes, updates */
   PHASE_MEASURE, /* forward passes of the quantized block: losses of what may be kept, outputs for the next block */
-  PHASE_STORE,   /* on a team's first rank: packing codes; and of the block before making the file and handing it to the writer */
-  PHASE_RANKS,   /* in collectives, within any of these: sums, and waiting for slower ranks */
+  PHASE_STORE, /* on a team's first rank: packing codes; and of the block before handing it to the writer, or making its file and sending it */
+  PHASE_RANKS, /* in collectives, within any of these: sums, and waiting for slower ranks */
   PHASES
 };
 

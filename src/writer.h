@@ -1,4 +1,4 @@
-/* writer.h: rank 0's writer: stores one block in a thread of its own while the next is calibrated. */
+/* writer.h: rank 0's writer: makes one block's file and stores it in a thread of its own while the next is calibrated. */
 #ifndef OMNIQUANT_WRITER_H
 #define OMNIQUANT_WRITER_H
 
@@ -8,13 +8,14 @@
 struct writer; /* NULL on ranks that do not write: every function takes it */
 
 /* Errors: ERROR_WORK (memory). The store must outlive the writer; the world does not end while a block is being written. */
-int writer_open(struct store *store, struct world *world, struct writer **writer, struct error *error);
+int writer_open(struct store *store, const char *where /* of messages; must outlive the writer */, struct world *world,
+                struct writer **writer, struct error *error);
 
-/* Waits for the block before and hands over the next; the image's memory becomes the writer's in any case.
- * Errors: those of writing the block before. */
-int writer_submit(struct writer *writer, struct block_image *image, struct error *error);
+/* Waits for the block before and hands over the next: its file, or where that is not made yet (no bytes) what it is made of. The memory of both becomes
+ * the writer's in any case. Errors: those of making and writing the block before. */
+int writer_submit(struct writer *writer, struct block_image *image, struct block_record *record, struct error *error);
 
-/* Waits for the last block and frees. Errors: those of writing it. */
+/* Waits for the last block and frees. Errors: those of making and writing it. */
 int writer_close(struct writer *writer, struct error *error);
 
 #endif

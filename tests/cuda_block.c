@@ -133,17 +133,18 @@ struct calibration {
 
 static void calibrate(struct calibration *c, struct kernels *k, struct fixture *f, const struct recipe *recipe, const float *x) {
   struct error error = {0};
-  int64_t n = LEARN_SAMPLES * hidden_count(f);
+  int64_t n = hidden_count(f);
   *c = (struct calibration){.memory = {.k = k}, .world = {.size = 1, .local_size = 1}};
   shard_init(&c->shard, recipe->samples, recipe->batch, 0, 1);
   open_block(&c->block, f, k, true);
   block_load(&c->block, f->image[TRAINED]);
   if (let_statistics_init(&c->statistics, &f->model, k, &error)) fail_msg("%s", error.message);
   c->target = (struct target){.world = &c->world, .k = k, .block = &c->block, .shard = &c->shard, .statistics = &c->statistics};
-  c->target.x = device_data(&c->memory, x, n);
   c->learner = (struct learner){.recipe = recipe, .world = &c->world, .k = k, .block = &c->block, .shard = &c->shard, .target = &c->target};
   if (target_init(&c->target, &error) || learner_init(&c->learner, &error)) fail_msg("%s", error.message);
-  k->load(k, c->learner.x_q, x, DTYPE_F32, n);
+  if (samples_place(&c->target.x, &error) || learner_place(&c->learner, &error)) fail_msg("%s", error.message);
+  for (int i = 0; i < LEARN_SAMPLES; i++) k->load(k, samples_write(&c->target.x, i), x + i * n, DTYPE_F32, n);
+  samples_copy(&c->learner.x_q, &c->target.x);
   target_pass(&c->target, true);
   if (learner_run(&c->learner, 0, &c->outcome, &error)) fail_msg("%s", error.message);
   memcpy(c->epoch_loss, c->learner.epoch_loss, sizeof c->epoch_loss);

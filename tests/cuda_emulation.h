@@ -3,7 +3,11 @@
  * host memory, so that AddressSanitizer sees what compute-sanitizer would.
  * Every second launch runs blocks and threads in reverse: where a barrier is missing, two runs of a kernel give different results. A barrier
  * that not all threads reach ends the program. cuBLASLt is a loop, called as the library is, with its own layouts and what it asks of them.
- * On a dry device (cuda_dry.h) nothing is run. */
+ * Streams are queues. The first device that is opened does its work as soon as it is asked for and copies beside it as late as can be, the second the
+ * other way round, and so on in turn (OMNIQUANT_EMULATED_LATE=copies or work: all one way): where one stream should wait for another and does not,
+ * the two give different results.
+ * On a dry device (cuda_dry.h) nothing is run.
+ * OMNIQUANT_EMULATED_MEMORY: bytes of the device's memory; without it there is no end to it. */
 #ifndef OMNIQUANT_CUDA_EMULATION_H
 #define OMNIQUANT_CUDA_EMULATION_H
 
@@ -15,6 +19,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <deque>
 #include <functional>
 #include <map>
 #include <vector>
@@ -63,19 +68,32 @@ __attribute__((format(printf, 1, 2))) inline void fail(const char *format, ...) 
 
 /* ---- memory ---- */
 
-inline std::map<const char *, size_t> allocations;
+typedef std::map<const char *, size_t> memory_map;
+inline memory_map allocations, pinned; /* the device's memory; the host's that copies beside the work may use */
+inline size_t bytes_taken;             /* of the device's */
+
+inline size_t memory_bytes() {
+  const char *bytes = getenv("OMNIQUANT_EMULATED_MEMORY");
+  return bytes ? strtoull(bytes, NULL, 10) : SIZE_MAX;
+}
 
 /* Bytes from there to the end of the allocation; 0: of no allocation. */
-inline size_t bytes_behind(const void *memory) {
+inline size_t bytes_behind(const void *memory, const memory_map &map = allocations) {
   const char *at = (const char *)memory;
-  auto after = allocations.upper_bound(at);
-  if (after == allocations.begin()) return 0;
+  auto after = map.upper_bound(at);
+  if (after == map.begin()) return 0;
   after--;
   return at < after->first + after->second ? (size_t)(after->first + after->second - at) : 0;
 }
 
 inline void check_range(const char *what, const void *memory, size_t bytes) {
   if (bytes > bytes_behind(memory)) fail("%s: %zu bytes at %p are not inside one allocation", what, bytes, memory);
+}
+
+/* Either end of a copy beside the work. */
+inline void check_end(const void *memory, size_t bytes) {
+  if (bytes > bytes_behind(memory) && bytes > bytes_behind(memory, pinned))
+    fail("a copy beside the work: %zu bytes at %p are neither the device's nor pinned", bytes, memory);
 }
 
 /* An argument of a kernel: what points somewhere points to memory of the device. */
@@ -229,15 +247,86 @@ inline void run_block(bool reversed) {
   }
 }
 
-/* What a stream is asked for, noted while a graph is recorded. */
+/* ---- streams ---- */
+
+struct stream {
+  struct operation {
+    std::function<void()> run;
+    stream *awaited; /* NULL: none */
+    unsigned long until;
+  };
+  bool works; /* carries a device's work: the first that is made after it is opened; others carry copies */
+  std::deque<operation> queue;
+  unsigned long asked, done;
+};
+
+/* A moment of a stream: when it has done so many operations. */
+struct event {
+  stream *of;
+  unsigned long at;
+};
+
+inline std::vector<stream *> streams;
+inline unsigned devices; /* opened so far */
+inline bool opening;     /* one, which has no stream yet */
+
+inline bool work_is_late() {
+  if (dry) return false;
+  const char *late = getenv("OMNIQUANT_EMULATED_LATE");
+  return late ? strcmp(late, "work") == 0 : devices % 2 == 0;
+}
+
+inline bool is_ready(const stream *s) {
+  return !s->queue.empty() && (!s->queue.front().awaited || s->queue.front().awaited->done >= s->queue.front().until);
+}
+
+inline void do_next(stream *s) {
+  stream::operation next = s->queue.front();
+  s->queue.pop_front();
+  if (next.run) next.run();
+  s->done++;
+}
+
+/* Where work is late, copies are done as soon as they may. */
+inline void let_copies_run() {
+  for (bool moved = work_is_late(); moved;) {
+    moved = false;
+    for (stream *s : streams)
+      for (; !s->works && is_ready(s); moved = true) do_next(s);
+  }
+}
+
+inline void run_until(stream *s, unsigned long at) {
+  while (s->done < at) {
+    if (is_ready(s))
+      do_next(s);
+    else
+      run_until(s->queue.front().awaited, s->queue.front().until);
+    let_copies_run();
+  }
+}
+
+inline void run_all() {
+  for (stream *s : streams) run_until(s, s->asked);
+}
+
+inline void ask(stream *s, const stream::operation &operation) {
+  s->queue.push_back(operation);
+  s->asked++;
+  if (s->works && !work_is_late()) run_until(s, s->asked);
+  let_copies_run();
+}
+
+/* What the work's stream is asked for, noted while a graph is recorded. */
 typedef std::vector<std::function<void()>> graph;
 inline graph *recorded;
 
-inline void issue(std::function<void()> work) {
-  if (recorded)
+inline void issue(void *on, std::function<void()> work) {
+  stream *s = (stream *)on;
+  if (recorded && s->works)
     recorded->push_back(work);
   else
-    work();
+    ask(s, {work, NULL, 0});
 }
 
 inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
@@ -265,8 +354,8 @@ inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function
   free(shared);
 }
 
-inline void run(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
-  issue([=] { run_now(blocks, threads, shared_bytes, kernel); });
+inline void run(void *on, dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+  issue(on, [=] { run_now(blocks, threads, shared_bytes, kernel); });
 }
 
 /* ---- warps ---- */
@@ -369,8 +458,10 @@ inline int __popc(unsigned bits) {
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-enum { cudaSuccess = 0, cudaStreamNonBlocking = 0, cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
-enum { cudaMemoryTypeHost, cudaMemoryTypeDevice };
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
+enum { cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHostAllocDefault = 0 };
+enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
+enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
 struct cudaPointerAttributes {
   int type;
 };
@@ -390,24 +481,20 @@ inline cudaError_t cudaGetDeviceCount(int *count) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
+  emulation::devices++;
+  emulation::opening = true;
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
   *properties = {"emulated", emulation::dry ? emulation::dry->major : 9, emulation::dry ? emulation::dry->minor : 0};
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
-  *stream = NULL;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  if (emulation::recorded) { /* which a device refuses */
-    emulation::fail("the host waits while a graph is recorded");
-    return 2;
-  }
+
+/* ---- memory ---- */
+
+inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+  *total = emulation::memory_bytes();
+  *free_bytes = *total - emulation::bytes_taken;
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
@@ -415,12 +502,14 @@ inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
     emulation::fail("memory is allocated while a graph is recorded");
     return 2;
   }
+  if (bytes > emulation::memory_bytes() - emulation::bytes_taken) return cudaErrorMemoryAllocation;
   if (emulation::dry)
     *memory = emulation::dry_allocate(bytes);
   else if (posix_memalign(memory, 256, bytes))
     *memory = NULL;
-  if (!*memory) return 2;
+  if (!*memory) return cudaErrorMemoryAllocation;
   emulation::allocations[(const char *)*memory] = bytes;
+  emulation::bytes_taken += bytes;
   if (emulation::dry) emulation::dry_count(bytes);
   return cudaSuccess;
 }
@@ -431,6 +520,8 @@ inline cudaError_t cudaFree(void *memory) {
     emulation::fail("%p is freed, which is no allocation", memory);
     return cudaSuccess;
   }
+  emulation::run_all(); /* as a device does */
+  emulation::bytes_taken -= found->second;
   if (emulation::dry) {
     emulation::dry->taken -= found->second;
     emulation::dry->paged_taken -= emulation::paged(found->second);
@@ -440,23 +531,94 @@ inline cudaError_t cudaFree(void *memory) {
   emulation::allocations.erase(found);
   return cudaSuccess;
 }
+/* Full of NaN. */
+inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
+  if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
+  memset(*memory, 0xff, bytes);
+  emulation::pinned[(const char *)*memory] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFreeHost(void *memory) {
+  emulation::run_all();
+  emulation::pinned.erase((const char *)memory);
+  free(memory);
+  return cudaSuccess;
+}
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory) {
-  attributes->type = emulation::bytes_behind(memory) ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+  attributes->type = emulation::bytes_behind(memory)                      ? cudaMemoryTypeDevice
+                     : emulation::bytes_behind(memory, emulation::pinned) ? cudaMemoryTypeHost
+                                                                          : cudaMemoryTypeUnregistered;
+  return cudaSuccess;
+}
+
+/* ---- streams ---- */
+
+typedef emulation::event *cudaEvent_t;
+
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
+  emulation::stream *made = new emulation::stream();
+  made->works = emulation::opening;
+  emulation::opening = false;
+  emulation::streams.push_back(made);
+  *stream = made;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (emulation::recorded) { /* which a device refuses */
+    emulation::fail("the host waits while a graph is recorded");
+    return 2;
+  }
+  emulation::run_until((emulation::stream *)stream, ((emulation::stream *)stream)->asked);
+  return cudaSuccess;
+}
+/* Who asks often enough sees it done. */
+inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  emulation::stream *s = (emulation::stream *)stream;
+  if (s->done == s->asked) return cudaSuccess;
+  emulation::run_until(s, s->done + 1);
+  return cudaErrorNotReady;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  emulation::run_all();
+  for (size_t i = 0; i < emulation::streams.size(); i++)
+    if (emulation::streams[i] == stream) emulation::streams.erase(emulation::streams.begin() + (long)i);
+  delete (emulation::stream *)stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
+  *event = new emulation::event();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  *event = {(emulation::stream *)stream, ((emulation::stream *)stream)->asked};
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, int) {
+  emulation::ask((emulation::stream *)stream, {NULL, event->of, event->at});
   return cudaSuccess;
 }
 /* Of a dry device only zeros come back. */
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t) {
-  if (kind != cudaMemcpyDeviceToHost) emulation::check_range("a copy", to, bytes);
-  if (kind != cudaMemcpyHostToDevice) emulation::check_range("a copy", from, bytes);
+inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDefault) {
+    emulation::check_end(to, bytes);
+    emulation::check_end(from, bytes);
+  } else {
+    if (kind != cudaMemcpyDeviceToHost) emulation::check_range("a copy", to, bytes);
+    if (kind != cudaMemcpyHostToDevice) emulation::check_range("a copy", from, bytes);
+  }
   if (!emulation::dry)
-    emulation::issue([=] { memcpy(to, from, bytes); });
+    emulation::issue(stream, [=] { memcpy(to, from, bytes); });
   else if (kind == cudaMemcpyDeviceToHost)
     memset(to, 0, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t stream) {
   emulation::check_range("a clear", memory, bytes);
-  if (!emulation::dry) emulation::issue([=] { memset(memory, value, bytes); });
+  if (!emulation::dry) emulation::issue(stream, [=] { memset(memory, value, bytes); });
   return cudaSuccess;
 }
 
@@ -478,8 +640,10 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph
   *made = new emulation::graph(*graph);
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
-  for (const std::function<void()> &work : *graph) work();
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  emulation::issue(stream, [=] {
+    for (const std::function<void()> &work : *graph) work();
+  });
   return cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
@@ -487,6 +651,7 @@ inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  emulation::run_all();
   delete graph;
   return cudaSuccess;
 }
@@ -641,7 +806,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
 inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const float *alpha, const void *a,
                                      cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout, const float *beta,
                                      const void *c, cublasLtMatrixLayout_t c_layout, void *to, cublasLtMatrixLayout_t to_layout,
-                                     const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t) {
+                                     const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
   auto sizes = emulation::sizes_of(d, a_layout, b_layout, to_layout);
   if (!sizes.fit || c != to || c_layout != to_layout || sizes.m != algorithm->m || sizes.n != algorithm->n || sizes.k != algorithm->k ||
       algorithm->preference.workspace > workspace_bytes)
@@ -654,14 +819,14 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
   const uint16_t *bias = d->epilogue == CUBLASLT_EPILOGUE_BIAS ? d->bias : NULL;
   if (d->epilogue == CUBLASLT_EPILOGUE_BIAS) emulation::check_range("the bias", bias, sizes.m * sizeof *bias);
   if (emulation::dry) {
-    emulation::issue([] { emulation::dry->products++; });
+    emulation::issue(stream, [] { emulation::dry->products++; });
     return CUBLAS_STATUS_SUCCESS;
   }
   const cublasLtMatrixLayout left_layout = *a_layout, right_layout = *b_layout;
   const bool left_turned = d->operation[0] == CUBLAS_OP_T, right_turned = d->operation[1] == CUBLAS_OP_N;
   const uint64_t stride = (uint64_t)to_layout->stride;
   const float scale = *alpha, kept = *beta;
-  emulation::issue([=] {
+  emulation::issue(stream, [=] {
     std::vector<float> left = emulation::widened((const uint16_t *)a, &left_layout, left_turned);
     std::vector<float> right = emulation::widened((const uint16_t *)b, &right_layout, right_turned);
     for (uint64_t j = 0; j < sizes.n; j++)

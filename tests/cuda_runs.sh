@@ -50,13 +50,53 @@ same_for_all_ranks() {
   check "$1: perplexity within 2 % of the CPU's" compare_worth "$1" "$2"
 }
 
+# On the emulation a device of just as much memory as is held back from the samples has room for everything else.
+export_memory() {
+  export OMNIQUANT_EMULATED_MEMORY=$((1 << 30)) OMNIQUANT_EMULATED_LATE=$1
+}
+
+# calibrate_on_host NAME RANKS LATE MODEL FLAG...: stores what NAME holds, which was made with all samples on the device.
+calibrate_on_host() (
+  local name=$1 ranks=$2 model=$4
+  export_memory "$3"
+  rm -rf "$work/host"
+  calibrate host "$model" "$ranks" cuda "${@:5}" || return 1
+  grep -q 'pinned host memory' "$work/host.log" || { cat "$work/host.log" && return 1; }
+  "$helper" compare "$work/$name" "$work/host"
+)
+
+# take_up_on_host NAME MODEL FLAG...: a run whose last block is lost stores it again.
+take_up_on_host() (
+  local name=$1 model=$2
+  export_memory copies
+  rm -rf "$work/host"
+  calibrate host "$model" 2 cuda "${@:3}" || return 1
+  rm "$work/host/blocks/0001.h5" || return 1
+  calibrate host "$model" 2 cuda "${@:3}" && "$helper" compare "$work/$name" "$work/host"
+)
+
+perplexity_on_host() (
+  local on_device on_host
+  on_device=$(perplexity "$1" "$2" cuda)
+  export_memory work
+  on_host=$(perplexity "$1" "$2" cuda)
+  echo "$on_device on the device, $on_host on the host"
+  [ -n "$on_device" ] && [ "$on_device" = "$on_host" ]
+)
+
 if sanitized; then skip "too slow with sanitizers; the kernels' and the block's tests run with them"; fi
 calibrate probe llama_mha 1 cuda --epochs 0 >/dev/null
 if grep -q 'not built in\|no device' "$work/probe.log"; then skip "$(grep -m 1 'not built in\|no device' "$work/probe.log")"; fi
 
 same_for_all_ranks "clipping" llama_gqa_tied --wbits 4 --group-size 32
 same_for_all_ranks "experts" mixtral --wbits 4 --group-size 32
-[ "$(basename "$program")" = omniquant_emulated ] && finish # which is slow
+if [ "$(basename "$program")" = omniquant_emulated ]; then # which is slow
+  check "samples on the host, one rank" calibrate_on_host "clipping 1" 1 copies llama_gqa_tied --wbits 4 --group-size 32
+  check "samples on the host, two ranks" calibrate_on_host "clipping 1" 2 work llama_gqa_tied --wbits 4 --group-size 32
+  check "a run is taken up, samples on the host" take_up_on_host "clipping 1" llama_gqa_tied --wbits 4 --group-size 32 --stream-checkpoint 1
+  check "perplexity of samples on the host" perplexity_on_host "clipping 1" llama_gqa_tied
+  finish
+fi
 same_for_all_ranks "search and sign" llama_mha --wbits 4 --group-size 32 --lwc-init search --optimizer sign --sign-span 0.1
 same_for_all_ranks "transformation" llama_mha --wbits 4 --group-size 0 --let --abits 8
 finish

@@ -183,19 +183,19 @@ static void open_learner(struct run *run, bool tied) {
   if (!tied) untie(run);
   let_statistics_init(&run->statistics, &run->model, k, &error);
   require(&error);
-  run->target = (struct target){.world = &run->world,
-                                .k = k,
-                                .block = &run->block,
-                                .shard = &run->shard,
-                                .statistics = run->golden->let ? &run->statistics : NULL,
-                                .x = embedded(run, "calib_ids", SAMPLES)};
+  run->target = (struct target){
+      .world = &run->world, .k = k, .block = &run->block, .shard = &run->shard, .statistics = run->golden->let ? &run->statistics : NULL};
   target_init(&run->target, &error);
   require(&error);
   run->learner = (struct learner){
       .recipe = &run->recipe, .world = &run->world, .k = k, .block = &run->block, .shard = &run->shard, .target = &run->target};
   learner_init(&run->learner, &error);
   require(&error);
-  k->copy(k, run->learner.x_q, run->target.x, (size_t)(SAMPLES * sample_elements(run)) * k->element_bytes);
+  samples_place(&run->target.x, &error);
+  learner_place(&run->learner, &error);
+  require(&error);
+  k->copy(k, run->target.x.all, embedded(run, "calib_ids", SAMPLES), (size_t)(SAMPLES * sample_elements(run)) * k->element_bytes);
+  samples_copy(&run->learner.x_q, &run->target.x);
 }
 
 static void run_open(struct run *run, const struct golden *golden, bool tied, struct kernels *k, struct bound *bounds, const char *where) {
@@ -452,13 +452,13 @@ static void calibrate_step_by_step(struct run *run) {
   run->block.quantizer = run->recipe.activations;
   for (int index = 0; index < BLOCKS; index++) {
     load_block(run, index);
-    if (run->golden->aug_loss) pass(run, BLOCK_FULL, run->learner.augmented, run->learner.x_q, SAMPLES);
+    if (run->golden->aug_loss) pass(run, BLOCK_FULL, run->learner.augmented.all, run->learner.x_q.all, SAMPLES);
     target_pass(&run->target, true);
     if (run->golden->let) check_statistics(run, index);
     train_block(run, index);
     learner_quantize(&run->learner, trained(run), run->at_rest);
     if (index == 0 && ends_alike(run)) check_folded(run);
-    pass(run, BLOCK_QUANTIZED, run->learner.x_q, run->learner.x_q, SAMPLES);
+    pass(run, BLOCK_QUANTIZED, run->learner.x_q.all, run->learner.x_q.all, SAMPLES);
     pass(run, BLOCK_QUANTIZED, run->eval_q, run->eval_q, EVAL_SAMPLES);
     pass(run, BLOCK_FULL, run->eval_fp, run->eval_fp, EVAL_SAMPLES);
   }
@@ -489,7 +489,7 @@ static void take_a_tied_step(struct run *run) {
 /* Mean loss over the samples of block 0, where both targets of aug_loss are the same. */
 static double loss_of(struct run *run, const float *y) {
   int64_t count = SAMPLES * sample_elements(run);
-  const float *target = fetched_data(&run->memory, run->target.x, count);
+  const float *target = fetched_data(&run->memory, run->target.x.all, count);
   double sum = 0;
   for (int64_t i = 0; i < count; i++) sum += ((double)y[i] - target[i]) * ((double)y[i] - target[i]);
   return (run->golden->aug_loss ? 2 : 1) * sum / (double)count;
@@ -515,7 +515,7 @@ static void calibrate_a_block(struct run *run) {
   size_t bytes = (size_t)count * run->k->element_bytes;
   data *y = device(&run->memory, bytes);
   load_block(run, 0);
-  run->k->copy(run->k, y, l->x_q, bytes);
+  run->k->copy(run->k, y, l->x_q.all, bytes);
   target_pass(&run->target, true);
   learner_run(l, 0, &outcome, &error);
   require(&error);
@@ -524,7 +524,7 @@ static void calibrate_a_block(struct run *run) {
   check_outcome(run, &outcome);
   learner_quantize(l, learner_result(l, &outcome), true);
   pass(run, BLOCK_QUANTIZED, y, y, SAMPLES);
-  const float *moved = fetched_data(&run->memory, l->x_q, count);
+  const float *moved = fetched_data(&run->memory, l->x_q.all, count);
   assert_memory_equal(moved, fetched_data(&run->memory, y, count), (size_t)count * sizeof *moved);
   check(run, REACHED, fabs(loss_of(run, moved) / outcome.loss[outcome.kept] - 1), "%d", outcome.kept);
 }

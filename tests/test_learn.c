@@ -2,6 +2,7 @@
  * stay in their range. LET's start by its formula. Experts: only the rows of their tokens are computed, and one without tokens is rounded. */
 #include "fixture.h"
 #include "learn.h"
+#include "record.h"
 
 /* A learner over `samples` samples, block TRAINED of a model loaded. */
 struct setup {
@@ -48,17 +49,13 @@ static void setup_open(struct setup *s, const char *folder, const struct recipe 
   open_block(&s->block, &s->f, k, true);
   block_load(&s->block, s->f.image[TRAINED]);
   if (let_statistics_init(&s->statistics, &s->f.model, k, &error)) fail_msg("%s", error.message);
-  s->target = (struct target){.world = &s->world,
-                              .k = k,
-                              .block = &s->block,
-                              .shard = &s->shard,
-                              .statistics = &s->statistics,
-                              .x = poisoned_data(&s->memory, recipe->samples * hidden_count(&s->f))};
+  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
   s->learner =
       (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
   if (target_init(&s->target, &error) || learner_init(&s->learner, &error)) fail_msg("%s", error.message);
-  fill_samples(s, s->target.x);
-  fill_samples(s, s->learner.x_q);
+  if (samples_place(&s->target.x, &error) || learner_place(&s->learner, &error)) fail_msg("%s", error.message);
+  fill_samples(s, s->target.x.all);
+  fill_samples(s, s->learner.x_q.all);
 }
 
 static void setup_close(struct setup *s) {
@@ -94,9 +91,9 @@ static void a_step_that_is_not_finite_is_skipped(void **context) {
     setup_open(&s, "llama_gqa_tied", &recipe);
     target_pass(&s.target, true);
     int64_t n = hidden_count(&s.f);
-    float *sample = fetched_data(&s.memory, data_at(s.k, s.learner.x_q, 3 * n), n);
+    float *sample = fetched_data(&s.memory, samples_change(&s.learner.x_q, 3), n);
     sample[17] = INFINITY;
-    s.k->load(s.k, data_at(s.k, s.learner.x_q, 3 * n), sample, DTYPE_F32, n);
+    s.k->load(s.k, samples_change(&s.learner.x_q, 3), sample, DTYPE_F32, n);
     learner_start(&s.learner);
     learner_begin(&s.learner);
     for (int step = 0; step < 9; step++) learner_step(&s.learner, step, 9);
@@ -138,7 +135,7 @@ static void no_block_ends_worse_than_it_began(void **context) {
     }
     assert_true(low == 1e-2f && high > 10 && high <= 1e4f);
     assert_finite(parameter, s.learner.let.count);
-    assert_finite(fetched_data(&s.memory, s.learner.x_q, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
+    assert_finite(fetched_data(&s.memory, s.learner.x_q.all, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
     setup_close(&s);
   }
 }
@@ -150,12 +147,52 @@ static void a_stream_of_nan_is_rounded_to_nearest(void **context) {
   struct recipe recipe = small_recipe(2);
   setup_open(&s, "qwen2", &recipe);
   target_pass(&s.target, true);
-  s.k->load(s.k, s.learner.x_q, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
+  s.k->load(s.k, s.learner.x_q.all, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
   struct outcome outcome = run(&s);
   assert_int_equal(outcome.kept, KEPT_RTN);
   assert_int_equal(outcome.skipped, 3);
   assert_finite(fetched_floats(&s.memory, s.learner.lwc.factor, 2 * s.learner.lwc.groups), 2 * s.learner.lwc.groups);
   setup_close(&s);
+}
+
+/* ---- records ---- */
+
+static void assert_same_linear(const struct quantized_linear *a, const struct quantized_linear *b) {
+  size_t rows = (size_t)a->out_features, groups = rows * (size_t)((a->in_features + a->group_size - 1) / a->group_size);
+  assert_string_equal(a->name, b->name);
+  assert_memory_equal(a->codes, b->codes, rows * (size_t)packed_row_bytes(a->in_features, a->bits));
+  assert_memory_equal(a->scale, b->scale, groups * sizeof *a->scale);
+  assert_memory_equal(a->zero_point, b->zero_point, groups);
+}
+
+/* Three rows at a time or all at once; in Falcon parts of one tensor. */
+static void codes_come_in_panels(void **context) {
+  (void)context;
+  static const char *const models[] = {"llama_mha", "falcon_40b"};
+  for (int i = 0; i < 4; i++) {
+    struct setup s;
+    struct error error = {0};
+    struct record_room room;
+    struct block_record whole, panels;
+    struct recipe recipe = small_recipe(2);
+    recipe.let = i % 2;
+    recipe.let_up = false;
+    recipe.wbits = 3;
+    setup_open(&s, models[i / 2], &recipe);
+    target_pass(&s.target, true);
+    struct outcome outcome = run(&s);
+    outcome.kept = KEPT_END; /* with factors, whatever was best */
+    if (record_room_init(&room, &s.learner, &error)) fail_msg("%s", error.message);
+    if (record_block(&whole, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    room.panel = 3 * s.f.model.hidden + 1;
+    if (record_block(&panels, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    assert_int_equal(whole.linears, panels.linears);
+    for (int l = 0; l < whole.linears; l++) assert_same_linear(&whole.linear[l], &panels.linear[l]);
+    block_record_free(&whole);
+    block_record_free(&panels);
+    record_room_free(&room);
+    setup_close(&s);
+  }
 }
 
 /* ---- LET's start ---- */
@@ -183,7 +220,7 @@ static void let_starts_by_its_formula(void **context) {
   data *y = poisoned_data(m, n);
   for (int i = 0; i < 5; i++) {
     int64_t rows;
-    block_forward(&s.block, BLOCK_FULL, y, data_at(s.k, s.target.x, i * n));
+    block_forward(&s.block, BLOCK_FULL, y, samples_read(&s.target.x, i));
     const float *x = fetched_data(m, block_input(&s.block, LINEAR_Q, &rows), n);
     assert_int_equal(rows, TOKENS);
     for (int64_t c = 0; c < H; c++) {
@@ -243,9 +280,9 @@ static void experts_compute_only_their_tokens(void **context) {
   learner_quantize(&s.learner, (struct learned){s.learner.lwc.factor, NULL}, true);
   s.k->state->observer = count_product;
   s.k->state->observer_context = &count;
-  block_forward(&s.block, BLOCK_QUANTIZED, s.learner.y, s.learner.x_q);
+  block_forward(&s.block, BLOCK_QUANTIZED, s.learner.y, samples_read(&s.learner.x_q, 0));
   double needed = 2.0 * 3 * TOKENS * model->experts_per_token * model->hidden * model->ffn, forward = count.experts;
-  learner_backward(&s.learner, s.learner.gradient, s.learner.y, s.learner.x_q);
+  learner_backward(&s.learner, s.learner.gradient, s.learner.y, samples_read(&s.learner.x_q, 0));
   s.k->state->observer = NULL;
   print_message("    routed computation over that of the chosen experts: forward %.3f, with backward %.3f\n", forward / needed,
                 count.experts / (3 * needed));
@@ -285,9 +322,13 @@ static void an_expert_without_tokens_is_rounded_to_nearest(void **context) {
 
 int main(void) {
   const struct CMUnitTest tests[] = {
-      cmocka_unit_test(a_step_that_is_not_finite_is_skipped),  cmocka_unit_test(no_block_ends_worse_than_it_began),
-      cmocka_unit_test(a_stream_of_nan_is_rounded_to_nearest), cmocka_unit_test(let_starts_by_its_formula),
-      cmocka_unit_test(experts_compute_only_their_tokens),     cmocka_unit_test(an_expert_without_tokens_is_rounded_to_nearest),
+      cmocka_unit_test(a_step_that_is_not_finite_is_skipped),
+      cmocka_unit_test(no_block_ends_worse_than_it_began),
+      cmocka_unit_test(a_stream_of_nan_is_rounded_to_nearest),
+      cmocka_unit_test(codes_come_in_panels),
+      cmocka_unit_test(let_starts_by_its_formula),
+      cmocka_unit_test(experts_compute_only_their_tokens),
+      cmocka_unit_test(an_expert_without_tokens_is_rounded_to_nearest),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -23,15 +23,15 @@ static void learn_block(const struct fixture *f, struct kernels *k, const struct
   open_block(&block, f, k, true);
   block_load(&block, f->image[TRAINED]);
   if (let_statistics_init(&statistics, &f->model, k, &error)) fail_msg("%s", error.message);
-  struct target target = {
-      .world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics, .x = poisoned_data(&memory, count)};
+  struct target target = {.world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics};
   struct learner learner = {.recipe = recipe, .world = &world, .k = k, .block = &block, .shard = &shard, .target = &target};
   if (target_init(&target, &error) || learner_init(&learner, &error)) fail_msg("%s", error.message);
-  k->load(k, target.x, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED), DTYPE_F32, count);
-  k->copy(k, learner.x_q, target.x, (size_t)count * k->element_bytes);
+  if (samples_place(&target.x, &error) || learner_place(&learner, &error)) fail_msg("%s", error.message);
+  k->load(k, target.x.all, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED), DTYPE_F32, count);
+  samples_copy(&learner.x_q, &target.x);
   target_pass(&target, true);
   if (learner_run(&learner, 0, &outcome, &error)) fail_msg("%s", error.message);
-  k->fetch(k, out, learner.x_q, count);
+  k->fetch(k, out, learner.x_q.all, count);
   learner_free(&learner);
   target_free(&target);
   let_statistics_free(&statistics);
@@ -280,6 +280,38 @@ static void test_limits(void **state) {
   remove(path);
 }
 
+/* Three arrays of 128 samples, and a card that has room for all, for two or one of them, or for nothing else: the rest waits on the host, but for two
+ * samples of each array. */
+static void test_streams_find_their_place(void **state) {
+  (void)state;
+  const char *path = "machine.json";
+  char text[80];
+  struct recipe recipe;
+  recipe_init(&recipe);
+  struct plan_options options = options_of("llama-2-7b", "h100", 1);
+  struct plan *plan = make(&options, &recipe);
+  double array = plan->memory.streams / 3, windows = array / 64, rest = plan->memory.device - plan->memory.streams,
+         host = plan->memory.host;
+  assert_true(array == 128.0 * 2048 * 4096 * 2 && plan->memory.streams_on_host == 0 && plan->memory.windows == 0);
+  free(plan);
+  options.measured = path;
+  for (int held = 0; held < 3; held++)
+    for (int lacking = 0; lacking < 2; lacking++) {
+      double device =
+          rest + held * array + (held == 0 ? 3 : 3 - (held - 1)) * windows - lacking; /* the last that finds room still has its windows */
+      int found = lacking && held > 0 ? held - 1 : held;
+      snprintf(text, sizeof text, "{\"device_memory\": %.0f}", device);
+      write_text(path, text);
+      plan = make(&options, &recipe);
+      assert_true(plan->memory.streams_on_host == (3 - found) * array && plan->memory.windows == (3 - found) * windows);
+      assert_true(plan->memory.device == rest + found * array + (3 - found) * windows);
+      assert_true(plan->memory.host == host + (3 - found) * array);
+      assert_int_equal(plan->fits, !(lacking && held == 0));
+      free(plan);
+    }
+  remove(path);
+}
+
 static void refused(const char *gpu, const char *measured, const char *message) {
   struct error error = {0};
   struct recipe recipe;
@@ -322,6 +354,7 @@ int main(void) {
       cmocka_unit_test(test_step_of_llama_2_7b),
       cmocka_unit_test(test_times_by_hand),
       cmocka_unit_test(test_limits),
+      cmocka_unit_test(test_streams_find_their_place),
       cmocka_unit_test(test_refusals),
   };
   return cmocka_run_group_tests(tests, NULL, NULL);

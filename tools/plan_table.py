@@ -38,7 +38,7 @@ def main():
         plan = json.loads(answer.stdout)
         memory, step = plan["memory_bytes"], plan["step_seconds"]
         shares = ", ".join(f"{100 * step[part] / step['sum']:.0f} %" for part in ("products", "attention", "quantizer"))
-        print(f"| {Path(model).name} | {plan['parameters'] / 1e9:.1f}e9 | {memory['device'] / GIB:.1f} | {memory['streams'] / GIB:.1f} | "
+        print(f"| {Path(model).name} | {plan['parameters'] / 1e9:.1f}e9 | {memory['device'] / GIB:.1f} | {(memory['streams'] - memory['streams_on_host']) / GIB:.1f} | "
               f"{memory['host'] / GIB:.1f} | {plan['output_bytes'] / GIB:.1f} | {plan['gradient_bytes'] / 2**20:.0f} | {1e3 * step['sum']:.1f} | {shares} | "
               f"{plan['block_seconds']['sum']:.1f} | {duration(plan['run_seconds'])} | {plan['gpu_hours']:.2f} | {plan['useful_ranks']} |")  # fmt: skip
 

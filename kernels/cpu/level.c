@@ -29,6 +29,8 @@ void LEVEL_NAME(cpu_kernels_, CPU_LEVEL)(struct kernels *k) {
   k->state->multiply = multiply;
   k->allocate = cpu_allocate;
   k->release = cpu_release;
+  k->allocate_host = cpu_allocate_host;
+  k->release_host = cpu_release_host;
   k->synchronize = cpu_synchronize;
   k->load = cpu_load;
   k->fetch = cpu_fetch;

@@ -23,6 +23,16 @@ static void cpu_release(struct kernels *k, void *memory) {
   free(whole);
 }
 
+static void *cpu_allocate_host(struct kernels *k, size_t bytes) {
+  (void)k;
+  return aligned_alloc(64, bytes ? (bytes + 63) / 64 * 64 : 64);
+}
+
+static void cpu_release_host(struct kernels *k, void *memory) {
+  (void)k;
+  free(memory);
+}
+
 static int cpu_synchronize(struct kernels *k, struct error *error) {
   if (k->state->failure.code) return error_set(error, k->state->failure.code, "%s", k->state->failure.message);
   return 0;

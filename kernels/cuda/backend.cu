@@ -13,6 +13,7 @@ namespace {
 #include "cuda/columns.cu"
 #include "cuda/cross_entropy.cu"
 #include "cuda/experts.cu"
+#include "cuda/lane.cu"
 #include "cuda/loss.cu"
 #include "cuda/matmul.cu"
 #include "cuda/matvec.cu"
@@ -38,6 +39,15 @@ static void fill_table(struct kernels *k) {
   k->download = cuda_download;
   k->copy = cuda_copy;
   k->clear = cuda_clear;
+  k->allocate_host = allocate_host;
+  k->release_host = release_host;
+  k->room = room;
+  k->lane_open = lane_open;
+  k->lane_close = lane_close;
+  k->send = lane_send;
+  k->follow = lane_follow;
+  k->join = lane_join;
+  k->idle = lane_idle;
   k->repeat = repeat;
   k->forget = forget;
   k->linear_forward = linear_forward;

@@ -38,6 +38,12 @@ struct backend {
   char level[100];              /* the device's name, and cuDNN's version */
 };
 
+/* A queue of copies beside the work (kernels.h). */
+struct lane {
+  void *stream; /* cudaStream_t */
+  void *event;  /* cudaEvent_t: what one stream waits for of the other */
+};
+
 /* Bytes of the device's memory that are taken, by whomever. */
 size_t cuda_memory_taken(struct kernels *k);
 

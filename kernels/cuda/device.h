@@ -97,7 +97,7 @@ static void launch(struct kernels *k, const struct launch_grid &grid, int thread
   dim3 blocks((unsigned)grid.x, (unsigned)grid.y);
 #ifdef OMNIQUANT_EMULATED
   (emulation::check_argument(arguments), ...);
-  emulation::run(blocks, threads, shared_bytes, [=] { kernel(arguments...); });
+  emulation::run(cuda_stream(k), blocks, threads, shared_bytes, [=] { kernel(arguments...); });
 #else
   enum { WITHOUT_ASKING = 48 * 1024 };
   if (shared_bytes > WITHOUT_ASKING &&

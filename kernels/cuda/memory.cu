@@ -88,6 +88,7 @@ struct convert_out {
 static const int64_t CONVERTED_AT_ONCE = 1 << 24; /* elements: what is converted goes through scratch memory in pieces */
 
 static void cuda_load(struct kernels *k, data *to, const void *from, enum dtype dtype, int64_t count) {
+  if (cuda_owns(k, from)) return each(k, convert_in{elements(to), (const uint8_t *)from, dtype}, count, aligned(elements(to)));
   int64_t size = (int64_t)dtype_size(dtype), most = count < CONVERTED_AT_ONCE ? count : CONVERTED_AT_ONCE;
   char *raw = cuda_scratch(k, most * size);
   if (!raw) return;
