@@ -175,6 +175,7 @@ static void memory_free(struct stream *s) {
   for (int i = 0; i < LANES && s->image; i++) s->k->lane_close(s->k, s->lane[i]);
   if (s->image) s->k->release(s->k, s->image);
   s->k->release_host(s->k, s->buffer);
+  s->image = s->buffer = NULL;
 }
 
 /* Where the device's memory is its own, the image there; on the host what MPI and the reader fill. False without memory. */
@@ -251,8 +252,7 @@ void stream_release(struct stream *s) {
     item_begin(s);
     return;
   }
-  s->k->release_host(s->k, s->buffer); /* nothing comes that would need it */
-  s->buffer = NULL;
+  memory_free(s); /* nothing comes that would need it */
 }
 
 void stream_close(struct stream *s) {

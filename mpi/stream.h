@@ -47,8 +47,8 @@ void stream_poll(struct stream *stream);
  * A failed read comes back on every rank at this call; rank 0 has its message, agree on it. */
 int stream_next(struct stream *stream, const void **bytes, struct error *error);
 
-/* Says that the item has been taken out, or that this has been asked of the device: the next one may overwrite it. Behind the last the host's buffer
- * is given back. */
+/* Says that the item has been taken out, or that this has been asked of the device: the next one may overwrite it. Behind the last the memory is given
+ * back. */
 void stream_release(struct stream *stream);
 
 /* Ends the reader and frees; safe at any time on which all ranks agree, and with NULL. Collective. */

@@ -39,10 +39,9 @@ static int place_on_host(struct samples *s, struct error *error) {
 }
 
 int samples_place(struct samples *s, struct error *error) {
-  bool windows = s->window[0].at;
-  if (!windows || s->k->room(s->k) >= all_bytes(s)) s->all = s->k->allocate(s->k, all_bytes(s));
-  if (!s->all && windows) return place_on_host(s, error);
+  if (s->window[0].at && s->k->room(s->k) < all_bytes(s)) return place_on_host(s, error);
   windows_free(s);
+  s->all = s->k->allocate(s->k, all_bytes(s));
   return s->all ? 0 : out_of_memory(s, error);
 }
 
