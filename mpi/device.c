@@ -1,4 +1,5 @@
-/* device.c: which backend all ranks take, and what carries sums of device memory and blocks over them: the backend's own link, or copies through the host. */
+/* device.c: which backend all ranks take, and what carries sums of device memory over them, and blocks: the backend's own link, or copies through the
+ * host. */
 #include "device.h"
 
 #include <stdio.h>
@@ -10,9 +11,9 @@
 
 struct device {
   struct kernels *k;
-  void *link; /* of k->link; NULL: through the host */
-  struct stream_link blocks;
-  float *host; /* grown as needed; twice what is summed */
+  void *link;                /* of k->link; NULL: through the host */
+  struct stream_link blocks; /* the same link, as the block stream asks it */
+  float *host;               /* grown as needed; twice what is summed */
   size_t host_count;
 };
 
@@ -68,7 +69,7 @@ static void broadcast(void *context, struct lane *lane, void *bytes, size_t coun
   device->k->link->broadcast(device->link, lane, bytes, count);
 }
 
-const struct stream_link *device_link(const struct world *world) {
+const struct stream_link *device_stream_link(const struct world *world) {
   struct device *device = world->device;
   if (!device || !device->link) return NULL;
   device->blocks = (struct stream_link){device, broadcast};

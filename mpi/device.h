@@ -15,7 +15,7 @@ struct device_link {
   /* As tree_link has it. */
   void (*exchange)(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner);
   void (*largest)(void *state, float *values, size_t count); /* over all ranks, in place */
-  /* As stream_link has it. */
+  /* As stream_link has it (stream.h): on the lane's stream. */
   void (*broadcast)(void *state, struct lane *lane, void *bytes, size_t count);
 };
 
@@ -31,7 +31,7 @@ void device_close(struct world *world);
 
 /* What carries the block stream between the devices of a world's ranks; NULL: MPI does. Valid until device_close. Beside sums only on a world of its
  * own: what one world's device carries goes in one order. */
-const struct stream_link *device_link(const struct world *world);
+const struct stream_link *device_stream_link(const struct world *world);
 
 /* What world_allreduce and world_largest ask and do. */
 bool device_owns(const struct device *device, const void *memory);

@@ -200,6 +200,13 @@ static int open_target(struct run *run, bool observed, struct error *error) {
   return target_init(&run->target, error);
 }
 
+/* Where memory is the host's, the ranks of a node hold one block between them: in full precision all of them, its effective weights each team. */
+static void open_shared(struct run *run) {
+  size_t bytes = (size_t)run->model.elements * run->k->element_bytes;
+  shared_open(&run->weights, run->world, bytes);
+  shared_open(&run->effective, &run->team, bytes);
+}
+
 /* Sums go over the team's devices, blocks beside them over all ranks'. */
 static int open_device(struct run *run, struct error *error) {
   run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
@@ -208,13 +215,6 @@ static int open_device(struct run *run, struct error *error) {
   if (world_agree(run->world, error)) return error->code;
   device_open(run->world, run->k, error);
   return world_agree(run->world, error);
-}
-
-/* Where memory is the host's, the ranks of a node hold one block between them: in full precision all of them, its effective weights each team. */
-static void open_shared(struct run *run) {
-  size_t bytes = (size_t)run->model.elements * run->k->element_bytes;
-  shared_open(&run->weights, run->world, bytes);
-  shared_open(&run->effective, &run->team, bytes);
 }
 
 static int open_work(struct run *run, struct error *error) {
@@ -228,7 +228,7 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
-  stream_open(run->world, run->k, device_link(run->world), &source, &run->stream, error);
+  stream_open(run->world, run->k, device_stream_link(run->world), &source, &run->stream, error);
   if (world_agree(run->world, error)) return error->code;
   if (!run->k->owns) open_shared(run); /* collective; what follows may fail on one rank alone */
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);

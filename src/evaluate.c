@@ -182,7 +182,7 @@ static int open_work(struct evaluation *e, struct error *error) {
   if (e->piece < 1) e->piece = 1;
   int items = e->model.blocks + 1 + (int)((e->model.vocabulary + e->piece - 1) / e->piece);
   struct stream_source source = {items, item_bytes, read_item, e};
-  stream_open(e->world, e->k, device_link(e->world), &source, &e->stream, error);
+  stream_open(e->world, e->k, device_stream_link(e->world), &source, &e->stream, error);
   if (world_agree(e->world, error)) return error->code;
   /* Collective; what follows may fail on one rank alone. */
   if (!e->k->owns) shared_open(&e->weights, e->world, (size_t)e->model.elements * e->k->element_bytes);
