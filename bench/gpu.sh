@@ -45,7 +45,7 @@ step() {
 
 # brief FILE...: what of a result fits on a line.
 brief() {
-  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode)": [^,]*' "$1" | paste -sd' ' | grep . ||
+  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode|ratio)": [^,}]*' "$1" | paste -sd' ' | grep . ||
     cat "$@" 2>/dev/null | grep -v '^$' | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120
 }
 
@@ -65,6 +65,8 @@ bench() {
   gpu_step step-7b-batch-8 120 llama-2-7b --batch 8 --steps 10
   gpu_step step-7b-let-w4a4 90 llama-2-7b --let --bits 4 --group 0 --abits 4
   gpu_step step-135m 60 smollm2-135m --tokens 512 --group 64 --steps 50
+  # What a step sums over ranks: SmolLM2-135M g64, LLaMA-2-7B g128, LLaMA-2-70B g128.
+  step allreduce-2-on-one-card 90 bash tests/ranks.bash 2 "$bundle/bin/gpu_allreduce" 110593 3162113 13369345
 }
 
 torch() {

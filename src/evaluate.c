@@ -192,7 +192,8 @@ static int open_work(struct evaluation *e, struct error *error) {
   e->ids = calloc(tokens + 1, sizeof *e->ids);
   if (!e->ids) return error_set(error, ERROR_WORK, "rank %d: out of memory for the windows", e->world->rank);
   e->last = E == H ? &e->x : &e->projected;
-  if (samples_init(&e->x, e->k, e->count, T * H, error) || (E != H && samples_init(&e->projected, e->k, e->count, T * E, error)))
+  if (samples_init(&e->x, e->k, e->count, T * H, e->world->rank, error) ||
+      (E != H && samples_init(&e->projected, e->k, e->count, T * E, e->world->rank, error)))
     return error->code;
   e->weight = device_memory(e, (size_t)(e->piece * E > before ? e->piece * E : before) * e->k->element_bytes, error);
   e->logits = device_memory(e, (size_t)(e->piece * T) * e->k->element_bytes, error);

@@ -49,10 +49,10 @@ int learner_init(struct learner *l, struct error *error) {
   size_t count = (size_t)l->count, depth = (size_t)shard_sum_depth(l->shard), columns = (size_t)l->importances;
   size_t summed = count + 1 > columns ? count + 1 : columns, steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
   size_t sample_bytes = (size_t)sample_elements(l) * k->element_bytes;
-  if (samples_init(&l->x_q, k, l->shard->count, sample_elements(l), error) ||
-      samples_init(&l->next, k, l->shard->count, sample_elements(l), error))
+  if (samples_init(&l->x_q, k, l->shard->count, sample_elements(l), l->world->rank, error) ||
+      samples_init(&l->next, k, l->shard->count, sample_elements(l), l->world->rank, error))
     return error->code;
-  if (l->recipe->aug_loss && samples_init(&l->augmented, k, l->shard->count, sample_elements(l), error)) return error->code;
+  if (l->recipe->aug_loss && samples_init(&l->augmented, k, l->shard->count, sample_elements(l), l->world->rank, error)) return error->code;
   struct {
     void *field;
     size_t bytes;

@@ -10,12 +10,12 @@ static size_t all_bytes(const struct samples *s) {
 }
 
 static int out_of_memory(const struct samples *s, struct error *error) {
-  return error_set(error, ERROR_WORK, "out of memory on %s for %d samples (%zu bytes); lower --samples or use more ranks", s->k->name,
-                   s->count, all_bytes(s));
+  return error_set(error, ERROR_WORK, "rank %d: out of memory on %s for %d samples (%zu bytes); lower --samples or use more ranks", s->rank,
+                   s->k->name, s->count, all_bytes(s));
 }
 
-int samples_init(struct samples *s, struct kernels *k, int count, int64_t elements, struct error *error) {
-  *s = (struct samples){.k = k, .count = count, .elements = elements, .window = {{.sample = -1}, {.sample = -1}}};
+int samples_init(struct samples *s, struct kernels *k, int count, int64_t elements, int rank, struct error *error) {
+  *s = (struct samples){.k = k, .count = count, .elements = elements, .rank = rank, .window = {{.sample = -1}, {.sample = -1}}};
   for (int i = 0; i < 2 && k->owns && count > 0; i++) {
     s->window[i].at = k->allocate(k, sample_bytes(s));
     if (!s->window[i].at) return out_of_memory(s, error);

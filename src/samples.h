@@ -18,6 +18,7 @@ struct samples {
   struct kernels *k;
   int count;
   int64_t elements; /* of a sample: T * hidden */
+  int rank;         /* for messages */
   data *all;        /* device memory, [count, elements]; NULL: on the host */
   char *host;       /* the same, pinned; NULL: on the device */
   struct sample_window window[2];
@@ -26,7 +27,7 @@ struct samples {
 
 /* Takes the windows' memory, so that what is allocated up to samples_place cannot leave them without. Errors: ERROR_WORK (memory); samples_free even
  * then. `k` must outlive it. */
-int samples_init(struct samples *samples, struct kernels *k, int count, int64_t elements, struct error *error);
+int samples_init(struct samples *samples, struct kernels *k, int count, int64_t elements, int rank, struct error *error);
 
 /* Takes the samples' memory: the device's while that keeps what k->room holds back, else the host's. For when all else has been allocated. Values are
  * to be written. Errors: ERROR_WORK (memory). */

@@ -7,7 +7,8 @@
 static const double KEEP = 0.99; /* of the running middle, a sample */
 
 int target_init(struct target *t, struct error *error) {
-  if (samples_init(&t->x, t->k, t->shard->count, (int64_t)t->block->tokens * t->block->model->hidden, error)) return error->code;
+  if (samples_init(&t->x, t->k, t->shard->count, (int64_t)t->block->tokens * t->block->model->hidden, t->world->rank, error))
+    return error->code;
   if (!t->statistics) return 0;
   size_t bytes = (size_t)t->statistics->count * sizeof(float);
   t->step = t->k->allocate(t->k, bytes);

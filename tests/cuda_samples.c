@@ -25,8 +25,8 @@ static void pair_open(struct pair *p, struct kernels *k, int count, bool on_host
   struct error error = {0};
   size_t (*room)(struct kernels * k) = k->room;
   *p = (struct pair){.memory = {.k = k}, .k = k, .count = count};
-  samples_init(&p->x, k, count, ELEMENTS, &error);
-  samples_init(&p->y, k, count, ELEMENTS, &error);
+  samples_init(&p->x, k, count, ELEMENTS, 0, &error);
+  samples_init(&p->y, k, count, ELEMENTS, 0, &error);
   if (on_host) k->room = no_room;
   if (error.code || samples_place(&p->x, &error) || samples_place(&p->y, &error)) fail_msg("%s", error.message);
   k->room = room;
@@ -182,9 +182,9 @@ static void samples_go_where_there_is_room(void **context) {
     struct samples first, second, third;
     snprintf(memory, sizeof memory, "%zu", held + 4 * sample + COUNT * sample - (size_t)lacking);
     setenv("OMNIQUANT_EMULATED_MEMORY", memory, 1);
-    samples_init(&first, k, COUNT, ELEMENTS, &error);
-    samples_init(&second, k, COUNT, ELEMENTS, &error);
-    samples_init(&third, k, 0, ELEMENTS, &error); /* takes none */
+    samples_init(&first, k, COUNT, ELEMENTS, 0, &error);
+    samples_init(&second, k, COUNT, ELEMENTS, 0, &error);
+    samples_init(&third, k, 0, ELEMENTS, 0, &error); /* takes none */
     if (error.code || samples_place(&first, &error) || samples_place(&second, &error) || samples_place(&third, &error))
       fail_msg("%s", error.message);
     assert_true(lacking ? first.host && !first.all : first.all && !first.host);
