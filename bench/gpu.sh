@@ -53,7 +53,10 @@ tests() {
   step device 60 nvidia-smi
   step kernels 120 "$bundle/bin/test_cuda_kernels"
   step block 180 "$bundle/bin/test_cuda_block"
-  step ranks-2-on-one-card 120 bash tests/ranks.bash 2 "$bundle/bin/test_cuda_allreduce"
+  step samples 120 "$bundle/bin/test_cuda_samples"
+  step blocks-1 60 bash tests/ranks.bash 1 "$bundle/bin/test_cuda_stream"
+  step blocks-2-on-one-card 120 bash tests/ranks.bash 2 "$bundle/bin/test_cuda_stream"
+  step sums-2-on-one-card 120 bash tests/ranks.bash 2 "$bundle/bin/test_cuda_allreduce"
   step whole-runs 300 bash tests/cuda_runs.sh "$bundle/bin/omniquant" "$bundle/bin/test_helper"
 }
 
@@ -88,6 +91,9 @@ sanitizer() {
   for tool in memcheck racecheck synccheck initcheck; do
     step "sanitizer-$tool" 200 compute-sanitizer --tool "$tool" --error-exitcode 9 "$bundle/bin/test_cuda_kernels" --own-attention
   done
+  "$bundle/bin/test_helper" tokens "$bundle/tokens.h5" 1000 96 1
+  step sanitizer-run 300 compute-sanitizer --tool memcheck --error-exitcode 9 "$bundle/bin/omniquant" calibrate --backend cuda \
+    --model tests/fixtures/llama_gqa_tied --tokens "$bundle/tokens.h5" --output "$bundle/store" --seqlen 32 --batch 4 --samples 8 --epochs 2
 }
 
 for part in $parts; do

@@ -17,7 +17,8 @@ case ${1:-} in
 -*) usage >&2 && exit 2 ;;
 esac
 archive=${1:-build-gpu/gpu.tar.xz}
-programs=(omniquant omniquant_cuda.so bench/gpu_step tests/test_helper tests/test_cuda_kernels tests/test_cuda_block tests/test_cuda_allreduce)
+programs=(omniquant omniquant_cuda.so bench/gpu_step bench/gpu_allreduce tests/test_helper tests/test_cuda_kernels tests/test_cuda_block
+  tests/test_cuda_samples tests/test_cuda_stream tests/test_cuda_allreduce)
 
 # libraries_of FILE...: the shared libraries that they load, one path a line, without the C library's and CUDA's.
 libraries_of() {

@@ -40,6 +40,23 @@ static void place_importances(struct learner *l) {
   }
 }
 
+static bool log_open(struct learner *l, size_t steps) {
+  struct kernels *k = l->k;
+  if (!k->lane_open) return (l->log.at = calloc(steps + 1, sizeof *l->log.at));
+  l->log.at = k->allocate_host(k, (steps + 1) * sizeof *l->log.at);
+  for (int i = 0; i < 2; i++) l->log.lane[i] = k->lane_open(k);
+  return l->log.at && l->log.lane[0] && l->log.lane[1];
+}
+
+static void log_close(struct learner *l) {
+  if (!l->k->lane_open) {
+    free(l->log.at);
+    return;
+  }
+  for (int i = 0; i < 2; i++) l->k->lane_close(l->k, l->log.lane[i]);
+  l->k->release_host(l->k, l->log.at);
+}
+
 int learner_init(struct learner *l, struct error *error) {
   struct kernels *k = l->k;
   if (lwc_init(&l->lwc, l->block->model, k, l->recipe, error)) return error->code;
@@ -81,10 +98,9 @@ int learner_init(struct learner *l, struct error *error) {
                        device[i].bytes);
     memcpy(device[i].field, &memory, sizeof memory);
   }
-  l->losses = calloc(2 * (size_t)l->shard->samples + steps, sizeof(float));
+  l->losses = calloc(2 * (size_t)l->shard->samples, sizeof(float));
   l->epoch_loss = calloc((size_t)l->recipe->epochs + 1, sizeof(float));
-  if (!l->losses || !l->epoch_loss) return error_set(error, ERROR_WORK, "out of memory for losses");
-  return 0;
+  return log_open(l, steps) && l->losses && l->epoch_loss ? 0 : error_set(error, ERROR_WORK, "out of memory for losses");
 }
 
 int learner_place(struct learner *l, struct error *error) {
@@ -104,6 +120,7 @@ void learner_free(struct learner *l) {
   if (l->quantizing) l->k->forget(l->k, l->quantizing);
   for (size_t i = 0; i < sizeof device / sizeof *device; i++)
     if (device[i]) l->k->release(l->k, device[i]);
+  log_close(l);
   free(l->losses);
   free(l->epoch_loss);
   lwc_free(&l->lwc);
@@ -295,12 +312,24 @@ static void update(struct learner *l, int step, int steps) {
   let_limit(&l->let);
 }
 
+static void ask_losses(struct learner *l, int epoch) {
+  size_t first = (size_t)epoch * (size_t)l->shard->steps, bytes = (size_t)l->shard->steps * sizeof(float);
+  struct lane *lane = l->log.lane[epoch % 2];
+  if (!lane) {
+    l->k->download(l->k, l->log.at + first, l->step_loss + first, bytes);
+    return;
+  }
+  l->k->follow(l->k, lane);
+  l->k->send(l->k, lane, l->log.at + first, l->step_loss + first, bytes);
+}
+
 /* Mean loss of an epoch's samples, from the sums of its steps. */
 static void close_epoch(struct learner *l, int index, int epoch) {
-  float *host = l->losses + 2 * (size_t)l->shard->samples;
+  const float *loss = l->log.at + (size_t)epoch * (size_t)l->shard->steps;
+  struct lane *lane = l->log.lane[epoch % 2];
   double total = 0;
-  l->k->download(l->k, host, l->step_loss + (size_t)epoch * (size_t)l->shard->steps, (size_t)l->shard->steps * sizeof(float));
-  for (int i = 0; i < l->shard->steps; i++) total += host[i];
+  if (lane) l->k->idle(l->k, lane, true);
+  for (int i = 0; i < l->shard->steps; i++) total += loss[i];
   l->epoch_loss[epoch] = (float)(total / l->shard->samples);
   progress_epoch(l->progress, index, epoch + 1, l->recipe->epochs, l->epoch_loss[epoch]);
 }
@@ -346,12 +375,15 @@ void learner_step(struct learner *l, int step, int steps) {
 }
 
 static void train(struct learner *l, int index) {
-  int steps = l->recipe->epochs * l->shard->steps;
+  int steps = l->recipe->epochs * l->shard->steps, asked = 0, closed = 0;
+  int behind = l->log.lane[0] ? 1 : 0; /* epochs that the host looks at later, so that it need not wait */
   learner_begin(l);
   for (int step = 0; step < steps && !world_stops(l->world); step++) {
     learner_step(l, step, steps);
-    if ((step + 1) % l->shard->steps == 0) close_epoch(l, index, step / l->shard->steps);
+    if ((step + 1) % l->shard->steps == 0) ask_losses(l, asked++);
+    if (closed < asked - behind) close_epoch(l, index, closed++);
   }
+  while (closed < asked) close_epoch(l, index, closed++);
 }
 
 /* Experts that no rank sent a token to learned nothing, not even that their start is good: they are rounded to nearest. */

@@ -41,6 +41,12 @@ struct recording {
 };
 enum { LEARNER_MOST_RECORDINGS = 66 }; /* a whole step and a last, shorter one; 32 levels of the sum over samples */
 
+/* Losses on their way to the host. From a device with a memory of its own an epoch's come beside the next epoch, on the lane of even or of odd ones. */
+struct loss_log {
+  struct lane *lane[2]; /* NULL: they are read at the epoch's end */
+  float *at;            /* [epochs * steps], host */
+};
+
 struct learner {
   const struct recipe *recipe;
   struct world *world;
@@ -71,6 +77,7 @@ struct learner {
   float *importance;        /* column sums of squares of what linear layers read, and as much for one step */
   float *step_loss;         /* [epochs * steps], device */
   float *sample_loss;       /* [shard.count], device */
+  struct loss_log log;
   float *losses;            /* host, [samples] and as many for scratch */
   struct step_state *state; /* device */
   float *epoch_loss;        /* [epochs], host: mean training loss of each epoch of the latest block */

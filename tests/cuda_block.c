@@ -118,41 +118,20 @@ static void blocks_are_those_of_the_cpu(void **context) {
 
 enum { LEARN_SAMPLES = 8, LEARN_EPOCHS = 6 };
 
-/* A calibration of one block, and what came of it. */
+/* What came of calibrating one block. */
 struct calibration {
-  struct memory memory;
-  struct world world;
-  struct shard shard;
-  struct block block;
-  struct let_statistics statistics;
-  struct target target;
-  struct learner learner;
   struct outcome outcome;
   float epoch_loss[LEARN_EPOCHS];
 };
 
 static void calibrate(struct calibration *c, struct kernels *k, struct fixture *f, const struct recipe *recipe, const float *x) {
   struct error error = {0};
-  int64_t n = hidden_count(f);
-  *c = (struct calibration){.memory = {.k = k}, .world = {.size = 1, .local_size = 1}};
-  shard_init(&c->shard, recipe->samples, recipe->batch, 0, 1);
-  open_block(&c->block, f, k, true);
-  block_load(&c->block, f->image[TRAINED]);
-  if (let_statistics_init(&c->statistics, &f->model, k, &error)) fail_msg("%s", error.message);
-  c->target = (struct target){.world = &c->world, .k = k, .block = &c->block, .shard = &c->shard, .statistics = &c->statistics};
-  c->learner = (struct learner){.recipe = recipe, .world = &c->world, .k = k, .block = &c->block, .shard = &c->shard, .target = &c->target};
-  if (target_init(&c->target, &error) || learner_init(&c->learner, &error)) fail_msg("%s", error.message);
-  if (samples_place(&c->target.x, &error) || learner_place(&c->learner, &error)) fail_msg("%s", error.message);
-  for (int i = 0; i < LEARN_SAMPLES; i++) k->load(k, samples_write(&c->target.x, i), x + i * n, DTYPE_F32, n);
-  samples_copy(&c->learner.x_q, &c->target.x);
-  target_pass(&c->target, true);
-  if (learner_run(&c->learner, 0, &c->outcome, &error)) fail_msg("%s", error.message);
-  memcpy(c->epoch_loss, c->learner.epoch_loss, sizeof c->epoch_loss);
-  learner_free(&c->learner);
-  target_free(&c->target);
-  let_statistics_free(&c->statistics);
-  block_free(&c->block);
-  memory_free(&c->memory);
+  struct rank rank;
+  open_rank(&rank, f, k, recipe, x);
+  target_pass(&rank.target, true);
+  if (learner_run(&rank.learner, 0, &c->outcome, &error)) fail_msg("%s", error.message);
+  memcpy(c->epoch_loss, rank.learner.epoch_loss, sizeof c->epoch_loss);
+  rank_close(&rank);
 }
 
 static void check_calibration(struct bound *bound, const char *folder, const struct recipe *recipe) {
@@ -160,11 +139,7 @@ static void check_calibration(struct bound *bound, const char *folder, const str
   struct calibration want, got;
   fixture_open(&f, folder, "expected.safetensors");
   round_image(&f, TRAINED);
-  int64_t n = hidden_count(&f);
-  const float *hidden = expected_floats(&f.memory, f.expected, SAMPLES * n, "hidden.%d", TRAINED);
-  float *x = host_floats(&f.memory, LEARN_SAMPLES * n);
-  uint64_t state = 5;
-  for (int64_t i = 0; i < LEARN_SAMPLES * n; i++) x[i] = hidden[i % (SAMPLES * n)] * (1 + 0.1f * (float)random_uniform(&state));
+  const float *x = similar_samples(&f.memory, &f, LEARN_SAMPLES);
   calibrate(&want, cpu, &f, recipe, x);
   calibrate(&got, cuda, &f, recipe, x);
   for (int i = 0; i < LEARN_EPOCHS; i++) bound_check(bound, fabs(got.epoch_loss[i] / want.epoch_loss[i] - 1), folder);

@@ -5,6 +5,7 @@
 #include "block.h"
 #include "checkpoint.h"
 #include "compare.h"
+#include "rank.h"
 
 /* SMALL_PANEL: elements of which no weight of the fixtures is a multiple, so that gradients come in rows of uneven numbers. */
 enum { SAMPLES = 2, TOKENS = 24, BLOCKS = 2, TRAINED = 1, SMALL_PANEL = 1000 };
@@ -46,6 +47,26 @@ static inline void open_block(struct block *block, const struct fixture *f, stru
   struct error error = {0};
   struct block_use use = {.tokens = TOKENS, .effective = true, .quantized_inputs = true, .trained = trained};
   if (block_init(block, &f->model, k, &use, &error)) fail_msg("%s", error.message);
+}
+
+/* What learns block TRAINED, on one rank; the samples, of which `x` holds the values in turn, are the same in both streams. */
+static inline void open_rank(struct rank *rank, const struct fixture *f, struct kernels *k, const struct recipe *recipe, const float *x) {
+  struct error error = {0};
+  int64_t n = hidden_count(f);
+  if (rank_open_block(rank, &f->model, recipe, k, &error) || rank_open_learner(rank, recipe, 1, &error)) fail_msg("%s", error.message);
+  block_load(&rank->block, f->image[TRAINED]);
+  for (int i = 0; i < recipe->samples; i++) k->load(k, samples_write(&rank->target.x, i), x + i * n, DTYPE_F32, n);
+  samples_copy(&rank->learner.x_q, &rank->target.x);
+}
+
+/* As many samples as are asked for: hidden states of the fixture in turn, each a little different. */
+static inline float *similar_samples(struct memory *m, const struct fixture *f, int samples) {
+  int64_t n = hidden_count(f);
+  const float *hidden = expected_floats(m, f->expected, SAMPLES * n, "hidden.%d", TRAINED);
+  float *values = host_floats(m, samples * n);
+  uint64_t state = 5;
+  for (int64_t i = 0; i < samples * n; i++) values[i] = hidden[i % (SAMPLES * n)] * (1 + 0.1f * (float)random_uniform(&state));
+  return values;
 }
 
 /* The linear weights where the quantizer would put its own. */

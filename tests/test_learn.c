@@ -4,18 +4,13 @@
 #include "learn.h"
 #include "record.h"
 
-/* A learner over `samples` samples, block TRAINED of a model loaded. */
+/* A learner over the recipe's samples, block TRAINED of a model loaded. */
 struct setup {
   struct memory memory;
   struct fixture f;
   struct kernels *k;
   struct recipe recipe;
-  struct world world;
-  struct shard shard;
-  struct block block;
-  struct let_statistics statistics;
-  struct target target;
-  struct learner learner;
+  struct rank rank;
 };
 
 static struct recipe small_recipe(int samples) {
@@ -30,39 +25,16 @@ static struct recipe small_recipe(int samples) {
   return recipe;
 }
 
-/* Hidden states as they are in the fixture, in turn and each a little different. */
-static void fill_samples(struct setup *s, data *x) {
-  int64_t n = hidden_count(&s->f);
-  const float *hidden = expected_floats(&s->memory, s->f.expected, SAMPLES * n, "hidden.%d", TRAINED);
-  float *values = host_floats(&s->memory, s->recipe.samples * n);
-  uint64_t state = 5;
-  for (int64_t i = 0; i < s->recipe.samples * n; i++) values[i] = hidden[i % (SAMPLES * n)] * (1 + 0.1f * (float)random_uniform(&state));
-  s->k->load(s->k, x, values, DTYPE_F32, s->recipe.samples * n);
-}
-
 static void setup_open(struct setup *s, const char *folder, const struct recipe *recipe) {
   struct error error = {0};
   struct kernels *k = kernels_open("cpu", 1, 0, &error);
-  *s = (struct setup){.memory = {.k = k}, .k = k, .recipe = *recipe, .world = {.size = 1, .local_size = 1}};
+  *s = (struct setup){.memory = {.k = k}, .k = k, .recipe = *recipe};
   fixture_open(&s->f, folder, "expected.safetensors");
-  shard_init(&s->shard, recipe->samples, recipe->batch, 0, 1);
-  open_block(&s->block, &s->f, k, true);
-  block_load(&s->block, s->f.image[TRAINED]);
-  if (let_statistics_init(&s->statistics, &s->f.model, k, &error)) fail_msg("%s", error.message);
-  s->target = (struct target){.world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .statistics = &s->statistics};
-  s->learner =
-      (struct learner){.recipe = &s->recipe, .world = &s->world, .k = k, .block = &s->block, .shard = &s->shard, .target = &s->target};
-  if (target_init(&s->target, &error) || learner_init(&s->learner, &error)) fail_msg("%s", error.message);
-  if (samples_place(&s->target.x, &error) || learner_place(&s->learner, &error)) fail_msg("%s", error.message);
-  fill_samples(s, s->target.x.all);
-  fill_samples(s, s->learner.x_q.all);
+  open_rank(&s->rank, &s->f, k, &s->recipe, similar_samples(&s->memory, &s->f, recipe->samples));
 }
 
 static void setup_close(struct setup *s) {
-  learner_free(&s->learner);
-  target_free(&s->target);
-  let_statistics_free(&s->statistics);
-  block_free(&s->block);
+  rank_close(&s->rank);
   fixture_close(&s->f);
   memory_free(&s->memory);
   s->k->close(s->k);
@@ -71,7 +43,7 @@ static void setup_close(struct setup *s) {
 static struct outcome run(struct setup *s) {
   struct error error = {0};
   struct outcome outcome;
-  if (learner_run(&s->learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+  if (learner_run(&s->rank.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
   return outcome;
 }
 
@@ -89,22 +61,22 @@ static void a_step_that_is_not_finite_is_skipped(void **context) {
     struct recipe recipe = small_recipe(6);
     recipe.let = let;
     setup_open(&s, "llama_gqa_tied", &recipe);
-    target_pass(&s.target, true);
+    target_pass(&s.rank.target, true);
     int64_t n = hidden_count(&s.f);
-    float *sample = fetched_data(&s.memory, samples_change(&s.learner.x_q, 3), n);
+    float *sample = fetched_data(&s.memory, samples_change(&s.rank.learner.x_q, 3), n);
     sample[17] = INFINITY;
-    s.k->load(s.k, samples_change(&s.learner.x_q, 3), sample, DTYPE_F32, n);
-    learner_start(&s.learner);
-    learner_begin(&s.learner);
-    for (int step = 0; step < 9; step++) learner_step(&s.learner, step, 9);
+    s.k->load(s.k, samples_change(&s.rank.learner.x_q, 3), sample, DTYPE_F32, n);
+    learner_start(&s.rank.learner);
+    learner_begin(&s.rank.learner);
+    for (int step = 0; step < 9; step++) learner_step(&s.rank.learner, step, 9);
     struct step_state state;
-    s.k->download(s.k, &state, s.learner.state, sizeof state);
+    s.k->download(s.k, &state, s.rank.learner.state, sizeof state);
     assert_int_equal(state.skipped, 3);
     assert_int_equal(state.taken, 6);
-    const float *factor = fetched_floats(&s.memory, s.learner.lwc.factor, 2 * s.learner.lwc.groups);
-    assert_finite(factor, 2 * s.learner.lwc.groups);
-    assert_memory_not_equal(factor, fetched_floats(&s.memory, s.learner.start, 2 * s.learner.lwc.groups), sizeof(float) * 64);
-    if (let) assert_finite(fetched_floats(&s.memory, s.learner.let.parameter, s.learner.let.count), s.learner.let.count);
+    const float *factor = fetched_floats(&s.memory, s.rank.learner.lwc.factor, 2 * s.rank.learner.lwc.groups);
+    assert_finite(factor, 2 * s.rank.learner.lwc.groups);
+    assert_memory_not_equal(factor, fetched_floats(&s.memory, s.rank.learner.start, 2 * s.rank.learner.lwc.groups), sizeof(float) * 64);
+    if (let) assert_finite(fetched_floats(&s.memory, s.rank.learner.let.parameter, s.rank.learner.let.count), s.rank.learner.let.count);
     setup_close(&s);
   }
 }
@@ -122,20 +94,20 @@ static void no_block_ends_worse_than_it_began(void **context) {
     recipe.let_lr = 50;
     recipe.activations.abits = 4;
     setup_open(&s, models[i], &recipe);
-    target_pass(&s.target, true);
+    target_pass(&s.rank.target, true);
     struct outcome outcome = run(&s);
     for (int j = 0; j < 3; j++) assert_false(outcome.loss[outcome.kept] > outcome.loss[j]);
     assert_true(isfinite(outcome.loss[outcome.kept]));
     assert_int_not_equal(outcome.kept, KEPT_END); /* that it was thrown about */
-    const float *parameter = fetched_floats(&s.memory, s.learner.let.parameter, s.learner.let.count);
+    const float *parameter = fetched_floats(&s.memory, s.rank.learner.let.parameter, s.rank.learner.let.count);
     float low = INFINITY, high = 0;
-    for (int64_t c = 0; c < s.learner.let.scales; c++) {
+    for (int64_t c = 0; c < s.rank.learner.let.scales; c++) {
       low = fminf(low, parameter[c]);
       high = fmaxf(high, parameter[c]);
     }
     assert_true(low == 1e-2f && high > 10 && high <= 1e4f);
-    assert_finite(parameter, s.learner.let.count);
-    assert_finite(fetched_data(&s.memory, s.learner.x_q.all, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
+    assert_finite(parameter, s.rank.learner.let.count);
+    assert_finite(fetched_data(&s.memory, s.rank.learner.x_q.all, 4 * hidden_count(&s.f)), 4 * hidden_count(&s.f));
     setup_close(&s);
   }
 }
@@ -146,12 +118,12 @@ static void a_stream_of_nan_is_rounded_to_nearest(void **context) {
   struct setup s;
   struct recipe recipe = small_recipe(2);
   setup_open(&s, "qwen2", &recipe);
-  target_pass(&s.target, true);
-  s.k->load(s.k, s.learner.x_q.all, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
+  target_pass(&s.rank.target, true);
+  s.k->load(s.k, s.rank.learner.x_q.all, poison(&s.memory, 2 * hidden_count(&s.f)), DTYPE_F32, 2 * hidden_count(&s.f));
   struct outcome outcome = run(&s);
   assert_int_equal(outcome.kept, KEPT_RTN);
   assert_int_equal(outcome.skipped, 3);
-  assert_finite(fetched_floats(&s.memory, s.learner.lwc.factor, 2 * s.learner.lwc.groups), 2 * s.learner.lwc.groups);
+  assert_finite(fetched_floats(&s.memory, s.rank.learner.lwc.factor, 2 * s.rank.learner.lwc.groups), 2 * s.rank.learner.lwc.groups);
   setup_close(&s);
 }
 
@@ -179,13 +151,13 @@ static void codes_come_in_panels(void **context) {
     recipe.let_up = false;
     recipe.wbits = 3;
     setup_open(&s, models[i / 2], &recipe);
-    target_pass(&s.target, true);
+    target_pass(&s.rank.target, true);
     struct outcome outcome = run(&s);
     outcome.kept = KEPT_END; /* with factors, whatever was best */
-    if (record_room_init(&room, &s.learner, &error)) fail_msg("%s", error.message);
-    if (record_block(&whole, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    if (record_room_init(&room, &s.rank.learner, &error)) fail_msg("%s", error.message);
+    if (record_block(&whole, &room, &s.rank.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
     room.panel = 3 * s.f.model.hidden + 1;
-    if (record_block(&panels, &room, &s.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+    if (record_block(&panels, &room, &s.rank.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
     assert_int_equal(whole.linears, panels.linears);
     for (int l = 0; l < whole.linears; l++) assert_same_linear(&whole.linear[l], &panels.linear[l]);
     block_record_free(&whole);
@@ -220,8 +192,8 @@ static void let_starts_by_its_formula(void **context) {
   data *y = poisoned_data(m, n);
   for (int i = 0; i < 5; i++) {
     int64_t rows;
-    block_forward(&s.block, BLOCK_FULL, y, samples_read(&s.target.x, i));
-    const float *x = fetched_data(m, block_input(&s.block, LINEAR_Q, &rows), n);
+    block_forward(&s.rank.block, BLOCK_FULL, y, samples_read(&s.rank.target.x, i));
+    const float *x = fetched_data(m, block_input(&s.rank.block, LINEAR_Q, &rows), n);
     assert_int_equal(rows, TOKENS);
     for (int64_t c = 0; c < H; c++) {
       float low = x[c], high = x[c];
@@ -233,17 +205,17 @@ static void let_starts_by_its_formula(void **context) {
       middle[c] = i == 0 ? (low + high) / 2 : 0.99f * middle[c] + 0.01f * (low + high) / 2;
     }
   }
-  target_pass(&s.target, true);
-  learner_start(&s.learner);
-  const float *w = fetched_data(m, block_tensor(&s.block, BLOCK_FULL, q->weight), q->rows * q->columns);
-  const float *got = fetched_floats(m, s.learner.let.parameter, s.learner.let.count);
-  const float *start_s = got + s.learner.let.s[LET_ATTENTION_NORM], *delta = got + s.learner.let.delta[LET_ATTENTION_NORM];
+  target_pass(&s.rank.target, true);
+  learner_start(&s.rank.learner);
+  const float *w = fetched_data(m, block_tensor(&s.rank.block, BLOCK_FULL, q->weight), q->rows * q->columns);
+  const float *got = fetched_floats(m, s.rank.learner.let.parameter, s.rank.learner.let.count);
+  const float *start_s = got + s.rank.learner.let.s[LET_ATTENTION_NORM], *delta = got + s.rank.learner.let.delta[LET_ATTENTION_NORM];
   for (int64_t c = 0; c < H; c++) {
     double want = pow(absmax[c], 0.75) / pow(column_absmax(w, q->rows, H, c), 0.25);
     assert_true(fabs(start_s[c] - want) < 1e-5 * want);
     assert_true(fabsf(delta[c] - middle[c]) < 1e-5f);
   }
-  for (int64_t i = 0; i < s.learner.let.channels[LET_QUERY_KEY]; i++) assert_true(got[s.learner.let.s[LET_QUERY_KEY] + i] == 1);
+  for (int64_t i = 0; i < s.rank.learner.let.channels[LET_QUERY_KEY]; i++) assert_true(got[s.rank.learner.let.s[LET_QUERY_KEY] + i] == 1);
   setup_close(&s);
 }
 
@@ -275,21 +247,21 @@ static void experts_compute_only_their_tokens(void **context) {
   setup_open(&s, "mixtral", &recipe);
   const struct model *model = &s.f.model;
   struct count count = {0, model->ffn, model->experts, TOKENS, model->hidden};
-  target_pass(&s.target, true);
-  learner_start(&s.learner);
-  learner_quantize(&s.learner, (struct learned){s.learner.lwc.factor, NULL}, true);
+  target_pass(&s.rank.target, true);
+  learner_start(&s.rank.learner);
+  learner_quantize(&s.rank.learner, (struct learned){s.rank.learner.lwc.factor, NULL}, true);
   s.k->state->observer = count_product;
   s.k->state->observer_context = &count;
-  block_forward(&s.block, BLOCK_QUANTIZED, s.learner.y, samples_read(&s.learner.x_q, 0));
+  block_forward(&s.rank.block, BLOCK_QUANTIZED, s.rank.learner.y, samples_read(&s.rank.learner.x_q, 0));
   double needed = 2.0 * 3 * TOKENS * model->experts_per_token * model->hidden * model->ffn, forward = count.experts;
-  learner_backward(&s.learner, s.learner.gradient, s.learner.y, samples_read(&s.learner.x_q, 0));
+  learner_backward(&s.rank.learner, s.rank.learner.gradient, s.rank.learner.y, samples_read(&s.rank.learner.x_q, 0));
   s.k->state->observer = NULL;
   print_message("    routed computation over that of the chosen experts: forward %.3f, with backward %.3f\n", forward / needed,
                 count.experts / (3 * needed));
   assert_true(forward >= needed && forward <= 1.3 * needed);
   assert_true(count.experts >= 3 * needed && count.experts <= 1.3 * 3 * needed);
   int64_t tokens = 0;
-  for (int e = 0; e < model->experts; e++) tokens += s.block.expert_tokens[e];
+  for (int e = 0; e < model->experts; e++) tokens += s.rank.block.expert_tokens[e];
   assert_int_equal(tokens, TOKENS * model->experts_per_token);
   setup_close(&s);
 }
@@ -301,18 +273,18 @@ static void an_expert_without_tokens_is_rounded_to_nearest(void **context) {
   struct recipe recipe = small_recipe(1);
   recipe.let = true;
   setup_open(&s, "mixtral", &recipe);
-  target_pass(&s.target, true);
+  target_pass(&s.rank.target, true);
   struct outcome outcome = run(&s);
-  const float *factor = fetched_floats(&s.memory, s.learner.lwc.factor, 2 * s.learner.lwc.groups);
+  const float *factor = fetched_floats(&s.memory, s.rank.learner.lwc.factor, 2 * s.rank.learner.lwc.groups);
   int without = 0;
   for (int e = 0; e < s.f.model.experts; e++) {
     int down = linear_of_expert(LINEAR_DOWN, e);
-    const float *hi = factor + s.learner.lwc.first[down];
-    without += s.block.expert_tokens[e] == 0;
-    for (int64_t g = 0; g < groups_of(&s.learner.lwc.shape[down]); g++) assert_int_equal(hi[g] == 1, hi[0] == 1);
+    const float *hi = factor + s.rank.learner.lwc.first[down];
+    without += s.rank.block.expert_tokens[e] == 0;
+    for (int64_t g = 0; g < groups_of(&s.rank.learner.lwc.shape[down]); g++) assert_int_equal(hi[g] == 1, hi[0] == 1);
   }
   int rounded = 0;
-  for (int e = 0; e < s.f.model.experts; e++) rounded += factor[s.learner.lwc.first[linear_of_expert(LINEAR_UP, e)]] == 1;
+  for (int e = 0; e < s.f.model.experts; e++) rounded += factor[s.rank.learner.lwc.first[linear_of_expert(LINEAR_UP, e)]] == 1;
   print_message("    %d of %d experts without tokens\n", outcome.untrained_experts, s.f.model.experts);
   assert_int_equal(outcome.untrained_experts, rounded);
   assert_in_range(outcome.untrained_experts, 1, s.f.model.experts - 1);

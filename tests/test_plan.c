@@ -13,29 +13,14 @@
 static void learn_block(const struct fixture *f, struct kernels *k, const struct recipe *recipe, float *out) {
   struct error error = {0};
   struct memory memory = {.k = k};
-  struct world world = {.size = 1, .local_size = 1};
-  struct shard shard;
-  struct block block;
-  struct let_statistics statistics;
+  struct rank rank;
   struct outcome outcome;
   int64_t count = SAMPLES * hidden_count(f);
-  shard_init(&shard, SAMPLES, recipe->batch, 0, 1);
-  open_block(&block, f, k, true);
-  block_load(&block, f->image[TRAINED]);
-  if (let_statistics_init(&statistics, &f->model, k, &error)) fail_msg("%s", error.message);
-  struct target target = {.world = &world, .k = k, .block = &block, .shard = &shard, .statistics = &statistics};
-  struct learner learner = {.recipe = recipe, .world = &world, .k = k, .block = &block, .shard = &shard, .target = &target};
-  if (target_init(&target, &error) || learner_init(&learner, &error)) fail_msg("%s", error.message);
-  if (samples_place(&target.x, &error) || learner_place(&learner, &error)) fail_msg("%s", error.message);
-  k->load(k, target.x.all, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED), DTYPE_F32, count);
-  samples_copy(&learner.x_q, &target.x);
-  target_pass(&target, true);
-  if (learner_run(&learner, 0, &outcome, &error)) fail_msg("%s", error.message);
-  k->fetch(k, out, learner.x_q.all, count);
-  learner_free(&learner);
-  target_free(&target);
-  let_statistics_free(&statistics);
-  block_free(&block);
+  open_rank(&rank, f, k, recipe, expected_floats(&memory, f->expected, count, "hidden.%d", TRAINED));
+  target_pass(&rank.target, true);
+  if (learner_run(&rank.learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+  k->fetch(k, out, rank.learner.x_q.all, count);
+  rank_close(&rank);
   memory_free(&memory);
 }
 
