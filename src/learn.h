@@ -74,9 +74,9 @@ struct learner {
   float *start;                             /* [count]: factors and LET's parameters before training */
   int64_t importance_at[MODEL_MAX_LINEARS]; /* of each layer's inputs in `importance` */
   int64_t importances;
-  float *importance;        /* column sums of squares of what linear layers read, and as much for one step */
-  float *step_loss;         /* [epochs * steps], device */
-  float *sample_loss;       /* [shard.count], device */
+  float *importance;  /* column sums of squares of what linear layers read, and as much for one step */
+  float *step_loss;   /* [epochs * steps], device */
+  float *sample_loss; /* [shard.count], device */
   struct loss_log log;
   float *losses;            /* host, [samples] and as many for scratch */
   struct step_state *state; /* device */
