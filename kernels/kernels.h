@@ -93,6 +93,13 @@ struct step_state {
   int32_t skipped; /* steps whose loss or gradient was not finite */
 };
 
+/* Parameters that learn at one rate. */
+struct learnables {
+  float *x; /* [count] */
+  int64_t count;
+  float lr;
+};
+
 /* Running cross entropy of tokens over a vocabulary that comes in pieces; see cross_entropy_piece. */
 struct cross_entropy {
   float *maximum; /* [tokens] largest logit so far; begin at -INFINITY */
@@ -290,8 +297,9 @@ struct kernels {
   void (*sigmoid_inverse)(struct kernels *k, float *x, float limit, int64_t count);
   /* Looks whether all values are finite and counts the step as taken or skipped. */
   void (*step_begin)(struct kernels *k, struct step_state *state, const float *values, int64_t count);
-  /* AdamW without weight decay (0.9, 0.999, 1e-8); does nothing when the step is skipped. */
-  void (*adamw)(struct kernels *k, float *x, float *m, float *v, const float *gradient, int64_t count, float lr,
+  /* AdamW without weight decay (0.9, 0.999, 1e-8) of two kinds of parameters at once, each at its own rate; does nothing when the step is skipped. */
+  void (*adamw)(struct kernels *k, const struct learnables of[2], float *m, float *v,
+                const float *gradient, /* like m and v of the first kind's parameters and then the second's */
                 const struct step_state *state);
   /* x = clamp(x - lr * sign(gradient), 0, 1); does nothing when the step is skipped. */
   void (*sign_step)(struct kernels *k, float *x, const float *gradient, int64_t count, float lr, const struct step_state *state);

@@ -337,8 +337,8 @@ TRACED(sigmoid_inverse, (struct kernels * k, float *x, float limit, int64_t coun
 TRACED(step_begin, (struct kernels * k, struct step_state *state, const float *values, int64_t count), (BEHIND, state, values, count), 0,
        4 * (double)count)
 TRACED(adamw,
-       (struct kernels * k, float *x, float *m, float *v, const float *gradient, int64_t count, float lr, const struct step_state *state),
-       (BEHIND, x, m, v, gradient, count, lr, state), 0, 28 * (double)count)
+       (struct kernels * k, const struct learnables of[2], float *m, float *v, const float *gradient, const struct step_state *state),
+       (BEHIND, of, m, v, gradient, state), 0, 28 * (double)(of[0].count + of[1].count))
 TRACED(sign_step, (struct kernels * k, float *x, const float *gradient, int64_t count, float lr, const struct step_state *state),
        (BEHIND, x, gradient, count, lr, state), 0, 12 * (double)count)
 TRACED(cross_entropy_piece,

@@ -289,29 +289,26 @@ static void sample_gradient(void *context, int local, float *out) {
   poll(l);
 }
 
-static void update_clipping(struct learner *l, int step, int steps, float batch) {
-  int64_t count = 2 * l->lwc.groups;
-  if (l->recipe->optimizer == OPTIMIZER_SIGN) {
-    float lr = (float)(l->recipe->sign_span * (1 - (double)step / steps) / steps);
-    l->k->sign_step(l->k, l->lwc.parameter, l->gradient, count, lr, l->state);
-  } else {
-    l->k->sigmoid_backward(l->k, l->gradient, l->gradient, l->lwc.parameter, count);
-    l->k->adamw(l->k, l->lwc.parameter, l->m, l->v, l->gradient, count, (float)l->recipe->lwc_lr * batch, l->state);
-  }
-  lwc_update_factors(&l->lwc);
+/* By AdamW the factors, unless sign updates move them, and LET's parameters: at once. */
+static void update_by_adamw(struct learner *l, float batch) {
+  int64_t factors = l->recipe->lwc && l->recipe->optimizer == OPTIMIZER_ADAMW ? 2 * l->lwc.groups : 0, first = 2 * l->lwc.groups - factors;
+  const struct learnables of[2] = {{l->lwc.parameter, factors, (float)l->recipe->lwc_lr * batch},
+                                   {l->let.parameter, l->recipe->let ? l->let.count : 0, (float)l->recipe->let_lr * batch}};
+  if (factors) l->k->sigmoid_backward(l->k, l->gradient, l->gradient, l->lwc.parameter, factors);
+  if (of[0].count + of[1].count) l->k->adamw(l->k, of, l->m + first, l->v + first, l->gradient + first, l->state);
 }
 
 static void update(struct learner *l, int step, int steps) {
-  int64_t first = 2 * l->lwc.groups;
-  float batch = l->recipe->scale_lr ? (float)l->recipe->batch : 1;
+  bool signs = l->recipe->lwc && l->recipe->optimizer == OPTIMIZER_SIGN;
+  float rate = (float)(l->recipe->sign_span * (1 - (double)step / steps) / steps);
   l->k->step_begin(l->k, l->state, l->gradient, l->count + 1);
-  if (l->recipe->lwc) update_clipping(l, step, steps, batch);
-  if (!l->recipe->let) return;
-  l->k->adamw(l->k, l->let.parameter, l->m + first, l->v + first, l->gradient + first, l->let.count, (float)l->recipe->let_lr * batch,
-              l->state);
-  let_limit(&l->let);
+  if (signs) l->k->sign_step(l->k, l->lwc.parameter, l->gradient, 2 * l->lwc.groups, rate, l->state);
+  update_by_adamw(l, l->recipe->scale_lr ? (float)l->recipe->batch : 1);
+  if (l->recipe->lwc) lwc_update_factors(&l->lwc);
+  if (l->recipe->let) let_limit(&l->let);
 }
 
+/* An epoch's, on their way. */
 static void ask_losses(struct learner *l, int epoch) {
   size_t first = (size_t)epoch * (size_t)l->shard->steps, bytes = (size_t)l->shard->steps * sizeof(float);
   struct lane *lane = l->log.lane[epoch % 2];

@@ -691,7 +691,8 @@ static void do_steps(struct kernels *k, void **at, const void *shape) {
   for (int step = 0; step < 7; step++) {
     float *gradient = (float *)at[5] + (step == 2 ? count : 0);
     k->step_begin(k, at[4], gradient, count);
-    k->adamw(k, at[0], at[1], at[2], gradient, count, 0.01f, at[4]);
+    const struct learnables of[2] = {{at[0], count - count / 3, 0.01f}, {(float *)at[0] + count - count / 3, count / 3, 0.02f}};
+    k->adamw(k, of, at[1], at[2], gradient, at[4]);
     k->sign_step(k, at[3], gradient, count, 0.05f, at[4]);
   }
 }

@@ -1106,7 +1106,9 @@ static void adamw(void **context) {
       float *before[] = {fetched_floats(&d, at, OPTIMIZER_COUNT), fetched_floats(&d, dev_m, OPTIMIZER_COUNT),
                          fetched_floats(&d, dev_v, OPTIMIZER_COUNT)};
       k->step_begin(k, dev_state, slope, OPTIMIZER_COUNT);
-      k->adamw(k, at, dev_m, dev_v, slope, OPTIMIZER_COUNT, lr, dev_state);
+      const int64_t some = step % 3 * (OPTIMIZER_COUNT / 3); /* of the second kind; now and then none */
+      const struct learnables of[2] = {{at, OPTIMIZER_COUNT - some, lr}, {at + OPTIMIZER_COUNT - some, some, lr}};
+      k->adamw(k, of, dev_m, dev_v, slope, dev_state);
       if (finite[step]) continue;
       assert_memory_equal(fetched_floats(&d, at, OPTIMIZER_COUNT), before[0], bytes);
       assert_memory_equal(fetched_floats(&d, dev_m, OPTIMIZER_COUNT), before[1], bytes);

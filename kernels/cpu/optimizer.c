@@ -39,18 +39,23 @@ static void step_begin(struct kernels *k, struct step_state *state, const float 
   state->skipped += bad;
 }
 
-static void adamw(struct kernels *k, float *x, float *m, float *v, const float *gradient, int64_t count, float lr,
+static void adamw(struct kernels *k, const struct learnables of[2], float *m, float *v, const float *gradient,
                   const struct step_state *state) {
   (void)k;
   if (!state->finite) return;
   const float b1 = 0.9f, b2 = 0.999f, c1 = 0.1f, c2 = 0.001f, eps = 1e-8f; /* c = 1 - b, but 1 - 0.999f would be 1.3e-5 off */
-  float size = (float)(lr / (1 - pow(0.9, state->taken)));
   float spread = (float)(1 / sqrt(1 - pow(0.999, state->taken)));
+  for (int kind = 0; kind < 2; kind++) {
+    float *x = of[kind].x, size = (float)(of[kind].lr / (1 - pow(0.9, state->taken)));
 #pragma omp parallel for simd schedule(static)
-  for (int64_t i = 0; i < count; i++) {
-    m[i] = b1 * m[i] + c1 * gradient[i];
-    v[i] = b2 * v[i] + c2 * gradient[i] * gradient[i];
-    x[i] -= size * m[i] / (sqrtf(v[i]) * spread + eps);
+    for (int64_t i = 0; i < of[kind].count; i++) {
+      m[i] = b1 * m[i] + c1 * gradient[i];
+      v[i] = b2 * v[i] + c2 * gradient[i] * gradient[i];
+      x[i] -= size * m[i] / (sqrtf(v[i]) * spread + eps);
+    }
+    m += of[kind].count;
+    v += of[kind].count;
+    gradient += of[kind].count;
   }
 }
 

@@ -83,29 +83,34 @@ static void step_begin(struct kernels *k, struct step_state *state, const float 
   launch(k, grid_of(1), BLOCK_THREADS, 0, step_begin_kernel, state, (const int32_t *)partial, chunks);
 }
 
-__global__ void adamw_kernel(float *x, float *m, float *v, const float *gradient, int64_t count, float lr, const struct step_state *state) {
+__global__ void adamw_kernel(struct learnables first, struct learnables second, float *m, float *v, const float *gradient,
+                             const struct step_state *state) {
   const float b1 = 0.9f, b2 = 0.999f, c1 = 0.1f, c2 = 0.001f, eps = 1e-8f; /* c = 1 - b, but 1 - 0.999f would be 1.3e-5 off */
-  __shared__ float size, spread;
+  __shared__ float size[2], spread;
   if (!state->finite) return;
   if (threadIdx.x == 0) {
-    size = (float)(lr / (1 - pow(0.9, (double)state->taken)));
+    double unbiased = 1 - pow(0.9, (double)state->taken);
+    size[0] = (float)(first.lr / unbiased);
+    size[1] = (float)(second.lr / unbiased);
     spread = (float)(1 / sqrt(1 - pow(0.999, (double)state->taken)));
   }
   __syncthreads();
+  int64_t count = first.count + second.count;
   for (int64_t i = (int64_t)blockIdx.x * BLOCK_THREADS + threadIdx.x; i < count; i += (int64_t)gridDim.x * BLOCK_THREADS) {
-    float g = gradient[i];
+    bool behind = i >= first.count;
+    float *x = behind ? second.x + (i - first.count) : first.x + i, g = gradient[i];
     m[i] = b1 * m[i] + c1 * g;
     v[i] = b2 * v[i] + c2 * g * g;
-    x[i] -= size * m[i] / (sqrtf(v[i]) * spread + eps);
+    *x -= size[behind] * m[i] / (sqrtf(v[i]) * spread + eps);
   }
 }
 
-static void adamw(struct kernels *k, float *x, float *m, float *v, const float *gradient, int64_t count, float lr,
+static void adamw(struct kernels *k, const struct learnables of[2], float *m, float *v, const float *gradient,
                   const struct step_state *state) {
   const int64_t MOST_BLOCKS = 1024;
+  int64_t count = of[0].count + of[1].count, blocks = ceil_div(count, BLOCK_THREADS);
   timed timer(k, "adamw", 28.0 * (double)count);
-  int64_t blocks = ceil_div(count, BLOCK_THREADS);
-  launch(k, grid_of(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS), BLOCK_THREADS, 0, adamw_kernel, x, m, v, gradient, count, lr, state);
+  launch(k, grid_of(blocks < MOST_BLOCKS ? blocks : MOST_BLOCKS), BLOCK_THREADS, 0, adamw_kernel, of[0], of[1], m, v, gradient, state);
 }
 
 struct sign_step_each {
