@@ -1,6 +1,6 @@
 /* cuda_allreduce.c: on several ranks (ranks.bash): sums and extremes of device memory over the ranks are those of host memory, bit for
  * bit, in the whole world and in teams. */
-#include "cuda_pair.h"
+#include "cuda_ranks.h"
 #include "device.h"
 
 static struct world world;
@@ -64,14 +64,5 @@ static void sums_of_device_memory(void **context) {
 }
 
 int main(int argc, char **argv) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(sums_of_device_memory)};
-  struct error error = {0};
-  if (world_init(&world, &argc, &argv, &error)) return 1;
-  struct kernels *k = CUDA_OPEN(world.local_rank, &error);
-  bool skipped = world_agree(&world, &error) != 0;
-  if (k) k->close(k);
-  if (skipped && world.rank == 0) printf("skipped: %s\n", error.message);
-  int failed = skipped ? 0 : cmocka_run_group_tests(tests, NULL, NULL);
-  world_finalize(&world);
-  return skipped ? 77 : failed;
+  return run_on_ranks(&world, argc, argv, (struct CMUnitTest)cmocka_unit_test(sums_of_device_memory));
 }

@@ -1,6 +1,6 @@
 /* cuda_stream.c: on some ranks (ranks.bash): the block stream into device memory brings every item whole, while work of the device still reads the
  * one before: through each rank's host, and over a link between devices, for which MPI stands in here. */
-#include "cuda_pair.h"
+#include "cuda_ranks.h"
 #include "stream.h"
 
 static struct world world;
@@ -139,14 +139,5 @@ static void items_come_whole(void **context) {
 }
 
 int main(int argc, char **argv) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(items_come_whole)};
-  struct error error = {0};
-  if (world_init(&world, &argc, &argv, &error)) return 1;
-  struct kernels *k = CUDA_OPEN(world.local_rank, &error);
-  bool skipped = world_agree(&world, &error) != 0;
-  if (k) k->close(k);
-  if (skipped && world.rank == 0) printf("skipped: %s\n", error.message);
-  int failed = skipped ? 0 : cmocka_run_group_tests(tests, NULL, NULL);
-  world_finalize(&world);
-  return skipped ? 77 : failed;
+  return run_on_ranks(&world, argc, argv, (struct CMUnitTest)cmocka_unit_test(items_come_whole));
 }
