@@ -72,17 +72,8 @@ void lwc_round(const struct lwc *lwc, int linear, float *factor) {
   lwc->k->fill(lwc->k, factor + lwc->groups + lwc->first[linear], 1, groups);
 }
 
-/* Some rows of a layer's weight as the quantizer takes them. */
-struct rows_of_weight {
-  struct quantized_shape shape;
-  const data *w;
-  struct weight_scales scales;
-  const float *hi, *lo; /* NULL: 1 */
-  int64_t group;        /* their first in an array of factors */
-};
-
-static struct rows_of_weight rows_of(const struct lwc *lwc, const struct block *block, const struct let *let, int linear,
-                                     struct row_range rows, const float *factor) {
+struct rows_of_weight lwc_rows(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
+                               const float *factor) {
   struct rows_of_weight of = {.shape = lwc->shape[linear], .scales = let_scales(let, linear)};
   of.shape.rows = rows.count;
   of.w = data_at(block->k, weight_of(block, linear), rows.first * of.shape.columns);
@@ -100,7 +91,7 @@ void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *
     int64_t first, end;
     shared_part(&block->of_effective, layer->rows, &first, &end);
     struct row_range rows = {first, end - first};
-    struct rows_of_weight of = rows_of(lwc, block, let, i, rows, factor);
+    struct rows_of_weight of = lwc_rows(lwc, block, let, i, rows, factor);
     data *w_hat = data_at(block->k, block_tensor(block, BLOCK_QUANTIZED, layer->weight), rows.first * layer->columns);
     lwc->k->quantize_forward(lwc->k, w_hat, of.w, &of.scales, of.hi, of.lo, &of.shape, at_rest);
   }
@@ -109,7 +100,7 @@ void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *
 
 void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
                   const data *dw, const float *factor, float *gradient, float *drow, float *dcolumn) {
-  struct rows_of_weight of = rows_of(lwc, block, let, linear, rows, factor);
+  struct rows_of_weight of = lwc_rows(lwc, block, let, linear, rows, factor);
   float *hi = gradient ? gradient + of.group : NULL, *lo = gradient ? hi + lwc->groups : NULL;
   lwc->k->quantize_backward(lwc->k, hi, lo, of.scales.row ? drow + rows.first : NULL, of.scales.column ? dcolumn : NULL, dw, of.w,
                             &of.scales, of.hi, of.lo, &of.shape, lwc->stored_scale);

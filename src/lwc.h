@@ -42,6 +42,18 @@ void lwc_update_factors(struct lwc *lwc);
 /* One layer rounded to nearest: its factors in factor[2 * groups] become 1. */
 void lwc_round(const struct lwc *lwc, int linear, float *factor);
 
+/* Some rows of a layer's weight as the quantizer takes them. */
+struct rows_of_weight {
+  struct quantized_shape shape;
+  const data *w;
+  struct weight_scales scales;
+  const float *hi, *lo; /* their factors; NULL: 1 */
+  int64_t group;        /* their first in an array of factors */
+};
+
+struct rows_of_weight lwc_rows(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
+                               const float *factor /* [2 * groups], or NULL: round to nearest */);
+
 /* The block's effective weights = its weights, scaled by the latest let_fold and fake-quantized with these factors. Of weights that ranks have
  * in common each does its part: collective over them, with the same factors. */
 void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *let,

@@ -108,16 +108,9 @@ void record_room_free(struct record_room *room) {
 
 static void quantize_panel(const struct record_room *room, const struct learner *l, int index, const float *factor,
                            const struct panel *panel) {
-  struct quantized_shape shape = l->lwc.shape[index];
-  struct weight_scales scales = let_scales(&l->let, index);
-  const float *hi = factor ? factor + l->lwc.first[index] + panel->first * groups_per_row(&shape) : NULL,
-              *lo = factor ? hi + l->lwc.groups : NULL;
-  const data *w = block_tensor(l->block, BLOCK_FULL, l->block->model->linear[index].weight);
-  if (scales.row) scales.row += panel->first;
-  w = data_at(l->k, w, panel->first * shape.columns);
-  shape.rows = panel->rows;
-  l->k->quantize_codes(l->k, room->device, (uint16_t *)(void *)(room->device + panel->scale), room->device + panel->zero_point, w, &scales,
-                       hi, lo, &shape);
+  struct rows_of_weight of = lwc_rows(&l->lwc, l->block, &l->let, index, (struct row_range){panel->first, panel->rows}, factor);
+  l->k->quantize_codes(l->k, room->device, (uint16_t *)(void *)(room->device + panel->scale), room->device + panel->zero_point, of.w,
+                       &of.scales, of.hi, of.lo, &of.shape);
   l->k->download(l->k, room->host, room->device, panel->bytes);
 }
 
