@@ -52,12 +52,15 @@ static int load_rope_table(struct block *block, struct error *error) {
 
 enum { TENSOR_STEP = 16 }; /* elements: as model.h places tensors */
 
+static int64_t placed_elements(const struct block_tensor *tensor) {
+  return (tensor->rows * tensor->columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+}
+
 /* Elements of the tensors that are not quantized, each beginning at a multiple of TENSOR_STEP. */
 static int64_t folded_elements(const struct model *model) {
   int64_t elements = 0;
   for (int i = 0; i < model->tensors; i++)
-    if (!model_quantizes(model, i))
-      elements += (model->tensor[i].rows * model->tensor[i].columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+    if (!model_quantizes(model, i)) elements += placed_elements(&model->tensor[i]);
   return elements;
 }
 
@@ -70,7 +73,7 @@ static void place_tensors(struct block *block) {
     block->tensor[BLOCK_FULL][i] = data_at(block->k, block->weights, tensor->element_offset);
     block->tensor[BLOCK_QUANTIZED][i] =
         own ? data_at(block->k, block->folded, folded) : data_at(block->k, block->effective, tensor->element_offset);
-    if (own) folded += (tensor->rows * tensor->columns + TENSOR_STEP - 1) / TENSOR_STEP * TENSOR_STEP;
+    if (own) folded += placed_elements(tensor);
   }
 }
 

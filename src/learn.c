@@ -359,7 +359,7 @@ static void quantize_in_training(void *context) {
 void learner_step(struct learner *l, int step, int steps) {
   int in_epoch = step % l->shard->steps;
   struct step_context context = {.learner = l, .weight = 1.0f / (float)shard_step_samples(l->shard, in_epoch)};
-  l->let.folded = in_training(l).let && l->let.count; /* as let_fold has it, which is not called where its work is repeated */
+  let_expect(&l->let, in_training(l).let); /* quantize_in_training may be repeated without being called */
   if (repeats(l))
     l->k->repeat(l->k, &l->quantizing, quantize_in_training, l);
   else

@@ -353,9 +353,13 @@ static void fold_norm(struct let *let, struct block *block, int norm, const floa
   k->fold_vector(k, block_tensor(block, BLOCK_QUANTIZED, bias), block_tensor(block, BLOCK_FULL, bias), NULL, shift, let->inner, count);
 }
 
+void let_expect(struct let *let, const float *parameter) {
+  let->folded = parameter && let->count;
+}
+
 void let_fold(struct let *let, struct block *block, const float *parameter) {
   block_restore(block);
-  let->folded = parameter && let->count;
+  let_expect(let, parameter);
   if (!let->folded) return;
   for (int i = 0; i < let->model->linears; i++) fold_linear(let, block, i, parameter);
   for (int i = 0; i < NORMS; i++) fold_norm(let, block, i, parameter);

@@ -69,6 +69,9 @@ void let_limit(struct let *let);
  * NULL: none, the block as it is. */
 void let_fold(struct let *let, struct block *block, const float *parameter /* [count] or NULL */);
 
+/* The host's part of let_fold, for where a device repeats its work by itself: what let_scales says from now on. */
+void let_expect(struct let *let, const float *parameter /* as let_fold's */);
+
 /* What a linear layer's weight is multiplied by since the latest let_fold. */
 struct weight_scales let_scales(const struct let *let, int linear);
 
