@@ -605,10 +605,10 @@ void quantized_linear_free(struct quantized_linear *linear) {
 }
 
 void block_record_free(struct block_record *record) {
-  for (int i = 0; i < record->linears; i++) quantized_linear_free(&record->linear[i]);
-  for (int i = 0; i < record->folded_arrays; i++) free(record->folded[i].values);
-  for (int i = 0; i < record->calibration_arrays; i++) free(record->calibration[i].values);
-  free(record->timing.values);
+  for (int i = 0; i < record->linears && !record->lent; i++) quantized_linear_free(&record->linear[i]);
+  for (int i = 0; i < record->folded_arrays && !record->lent; i++) free(record->folded[i].values);
+  for (int i = 0; i < record->calibration_arrays && !record->lent; i++) free(record->calibration[i].values);
+  if (!record->lent) free(record->timing.values);
   free(record->linear);
   free(record->folded);
   free(record->calibration);

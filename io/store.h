@@ -35,6 +35,7 @@ struct named_array {
 /* One block as stored. All pointers are owned by the record and freed by block_record_free. */
 struct block_record {
   int index;
+  bool lent; /* what linears and arrays point to is another's, who outlives the record: only the lists of them are the record's */
   double loss_rtn, loss_start, loss_end; /* mean loss over all samples: RTN, parameters before and after training; NaN if not measured */
   char kept[8];                          /* which of them is stored: "rtn", "start" or "end" */
   int64_t skipped_steps;                 /* steps whose loss or gradient was not finite */

@@ -154,7 +154,7 @@ struct kernels {
   /* The lane's copies from now on begin after the work asked for so far; the work asked for from now on begins after the lane's copies so far. */
   void (*follow)(struct kernels *k, struct lane *lane);
   void (*join)(struct kernels *k, struct lane *lane);
-  /* Whether the lane's copies are done, for the host too; `wait`: they are. */
+  /* Whether the lane's copies are done, for the host too; `wait`: they are, or the device has failed, which it keeps. Any thread may ask. */
   bool (*idle)(struct kernels *k, struct lane *lane, bool wait);
 
   /* ---- work that comes again ---- */

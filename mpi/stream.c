@@ -122,11 +122,11 @@ static void post_copies(struct stream *s, size_t bytes) {
   s->transfer = TRANSFER_COPIES;
 }
 
-/* Which the host sees, so that work asked for from then on need not wait for the lanes. */
+/* Which the host sees, so that work asked for from then on need not wait for the lanes. A failure is found by who waits for the work. */
 static bool copies_done(struct stream *s, bool wait) {
   bool done = true;
   for (int i = 0; i < LANES; i++) done = s->k->idle(s->k, s->lane[i], wait) && done;
-  return done;
+  return done || wait;
 }
 
 /* All ranks have it on the host, or rank 0 has and the devices' link goes on from there. */

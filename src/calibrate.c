@@ -307,11 +307,12 @@ static void report(struct run *run, const struct job *job, int index, const stru
 static int pack_block(const struct run *run, struct job *job, int index, struct error *error) {
   bool first = job->learner.world->rank == 0;
   timing_enter(&job->timing, PHASE_STORE);
-  if (first) record_block(&job->record, &job->room, &job->learner, index, &job->result.outcome, error);
+  if (first && writer_wait(job->writer, error) == 0)
+    record_block(&job->record, &job->room, &job->learner, index, &job->result.outcome, error);
   double seconds = timing_gather(&job->timing, job->rank_seconds);
-  if (first && !error->code) record_timing(&job->record, job->rank_seconds, seconds, error);
+  if (first && !error->code) record_timing(&job->record, &job->room, job->rank_seconds, seconds);
   if (!first || run->world->rank == 0) return error->code;
-  if (!error->code) block_image_make(&job->image, &job->record, &job->info, job->output, error);
+  if (!error->code && record_wait(&job->room, error) == 0) block_image_make(&job->image, &job->record, &job->info, job->output, error);
   job->result.bytes = job->image.length;
   block_record_free(&job->record);
   return error->code;
@@ -322,7 +323,7 @@ static int take_result(struct run *run, struct job *job, int index, struct error
   job->skipped_steps += job->result.outcome.skipped;
   job->untrained_experts += job->result.outcome.untrained_experts;
   report(run, job, index, &job->result.outcome);
-  return writer_submit(job->writer, &job->image, &job->record, error);
+  return writer_submit(job->writer, &job->image, &job->record, &job->room, error);
 }
 
 /* Another team's result comes to rank 0. */

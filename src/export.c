@@ -151,13 +151,6 @@ static int find_folded(const struct exporter *e, const struct block_record *reco
   return 0;
 }
 
-/* Several tensors of the model may be parts of one, which is met once, with the first. */
-static bool first_part(const struct model *model, int index) {
-  for (int i = 0; i < index; i++)
-    if (strcmp(model->tensor[i].name, model->tensor[index].name) == 0) return false;
-  return true;
-}
-
 /* One tensor of a block. Without a stored one it is only announced. */
 static int visit_tensor(const struct exporter *e, int block, int index, const struct stored_block *stored, visitor *visit, void *state,
                         struct error *error) {
@@ -195,7 +188,7 @@ static int visit_block(const struct exporter *e, int block, enum depth depth, vi
     stored.file = NULL;
   }
   for (int i = 0; i < e->model.tensors && !error->code; i++)
-    if (first_part(&e->model, i)) visit_tensor(e, block, i, depth == MODEL ? NULL : &stored, visit, state, error);
+    if (model_first_part(&e->model, i) == i) visit_tensor(e, block, i, depth == MODEL ? NULL : &stored, visit, state, error);
   block_record_free(&stored.record);
   block_file_close(stored.file);
   return error->code;

@@ -496,6 +496,12 @@ bool model_quantizes(const struct model *model, int tensor) {
   return false;
 }
 
+int model_first_part(const struct model *model, int tensor) {
+  int first = 0;
+  while (strcmp(model->tensor[first].name, model->tensor[tensor].name) != 0) first++;
+  return first;
+}
+
 int model_check_seqlen(const struct model *model, int seqlen, const char *where, struct error *error) {
   if (model->positions == 0 || seqlen <= model->positions) return 0;
   return error_set(error, ERROR_INPUT, "%s: max_position_embeddings: the model has learned %d positions, seqlen is %d; lower --seqlen",

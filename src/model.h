@@ -140,6 +140,9 @@ static inline int model_mlps(const struct model *model) {
 /* Whether a tensor is the weight of a quantized layer. */
 bool model_quantizes(const struct model *model, int tensor);
 
+/* The first of the tensors that are parts of the same one in the checkpoint as this: itself, where that is whole. */
+int model_first_part(const struct model *model, int tensor);
+
 /* Frequency of the rotary embedding's pair 0 .. head_size / 2 - 1. */
 float model_rope_frequency(const struct model *model, int pair);
 

@@ -32,28 +32,34 @@ static double larger(double a, double b) {
   return a > b ? a : b;
 }
 
+/* What sets the pace, between the first block's coming and the last one's going. */
+static double longest(const struct plan *plan, double stream_seconds) {
+  return larger(larger(plan->block_seconds, plan->copy_seconds), larger(stream_seconds, plan->write_seconds));
+}
+
 static void find_times(struct plan *plan, const struct rehearsal *work) {
   const struct machine *machine = &plan->machine;
   double unused[PLAN_PARTS], reduce = machine_allreduce_seconds(machine, plan->ranks, plan->gradient_bytes);
   bool searches = plan->recipe.lwc && plan->recipe.lwc_init == LWC_INIT_SEARCH;
-  double copies = machine->device_memory > 0 ? plan->output_bytes_a_block / machine->copy_bandwidth : 0;
   plan->step_seconds = time_of(machine, &work->step, plan->step);
   plan->block_seconds = time_of(machine, &work->block, plan->block);
   if (work->steps > 0) plan->step[PLAN_ALLREDUCE] = reduce;
   plan->step_seconds += plan->step[PLAN_ALLREDUCE];
   plan->block[PLAN_ALLREDUCE] = reduce * (work->steps + (searches ? 1 : 0));
-  plan->block[TRACE_MOVES] += copies;
-  plan->block_seconds += plan->block[PLAN_ALLREDUCE] + copies;
+  plan->block_seconds += plan->block[PLAN_ALLREDUCE];
   plan->sample_step = time_of(machine, &work->sample, unused);
   plan->sample_forward = time_of(machine, &work->forward, unused);
   double passes = work->block.row[TRACE_attention_forward].calls / (work->samples > 0 ? work->samples : 1);
   plan->forward_passes = passes - (work->steps > 0 ? plan->recipe.epochs : 0);
+  /* Beside the work: the block, its codes, and in each pass a sample of each array of streams on the host. */
+  double copied = plan->block_bytes + plan->output_bytes_a_block + passes * plan->memory.streams_on_host;
+  plan->copy_seconds = machine->device_memory > 0 ? copied / machine->copy_bandwidth : 0;
   plan->read_seconds = plan->block_bytes / machine->read_bandwidth;
   plan->broadcast_seconds = machine_broadcast_seconds(machine, plan->ranks, plan->block_bytes);
   plan->write_seconds = plan->output_bytes_a_block / machine->write_bandwidth;
   double stream = plan->read_seconds + plan->broadcast_seconds;
-  /* The first block is waited for, the last one's writing too; between them whatever is slowest sets the pace. */
-  plan->run_seconds = stream + plan->write_seconds + plan->model.blocks * larger(plan->block_seconds, larger(stream, plan->write_seconds));
+  /* The first block is waited for, the last one's writing too. */
+  plan->run_seconds = stream + plan->write_seconds + plan->model.blocks * longest(plan, stream);
 }
 
 /* ---- memory and traffic ---- */
@@ -92,15 +98,16 @@ static void find_memory(struct plan *plan, const struct rehearsal *work, int thr
   memory->weight_gradient = (double)work->gradient_allocated;
   memory->activations = (double)work->block_allocated - 2 * memory->weights - memory->weight_gradient;
   memory->streams = (double)arrays * work->samples * plan->recipe.seqlen * model->hidden * element;
-  memory->learnables = (double)(work->allocated - work->block_allocated) - memory->streams;
+  memory->record = (double)work->record_allocated;
+  memory->learnables = (double)(work->allocated - work->block_allocated) - memory->streams - memory->record;
   memory->image = (double)model->image_bytes;
   bool card = machine->device_memory > 0, one = model->blocks == 1;
-  memory->output = (one ? 2 : 3) * plan->output_bytes_a_block; /* the record, its file, and the one that is being written */
+  memory->output = memory->record + plan->output_bytes_a_block;
   memory->program = machine->host_overhead;
   memory->backend = card ? machine->device_overhead : attention_scratch(plan, threads);
-  double computing = (double)work->allocated + memory->backend, common = card ? 0 : memory->weights + memory->effective;
+  double computing = (double)work->allocated - memory->record + memory->backend, common = card ? 0 : memory->weights + memory->effective;
   double neighbours = plan->ranks < machine->ranks_a_node ? plan->ranks : machine->ranks_a_node;
-  if (card) place_streams(plan, arrays, computing - memory->streams + memory->image, work->samples);
+  if (card) place_streams(plan, arrays, computing + memory->record - memory->streams + memory->image, work->samples);
   /* Where no block follows, the image is given back before effective weights are made. */
   double before = memory->image + memory->program,
          own = memory->program + (card ? memory->streams_on_host : computing - common) + (one && !card ? 0 : memory->image);
@@ -136,8 +143,8 @@ static int evaluate_plan(struct plan *plan, int threads, struct error *error) {
     plan->samples_a_rank = work->samples;
     plan->steps_a_block = work->steps;
     find_traffic(plan, work);
-    find_times(plan, work);
     find_memory(plan, work, threads);
+    find_times(plan, work);
     plan->fits = fits(plan);
   }
   free(work);
@@ -152,6 +159,7 @@ static const char *name_limit(const struct plan *plan) {
   if (stream > plan->block_seconds && stream > plan->write_seconds)
     return plan->read_seconds > plan->broadcast_seconds ? "reading the checkpoint" : "the broadcast of blocks";
   if (plan->write_seconds > plan->block_seconds) return "writing the output";
+  if (plan->copy_seconds > plan->block_seconds) return "copies between host and device";
   for (int i = 0; i < PLAN_PARTS; i++)
     if (plan->block[i] > plan->block[most]) most = i;
   return plan_part_name(most);

@@ -39,7 +39,8 @@ struct plan_memory {
   double learnables;         /* factors, LET, their gradients and moments */
   double backend;            /* scratch; on a card what context and libraries take */
   double image;              /* a block as it is read, broadcast and waited for: on the host, and on a card too */
-  double output;             /* rank 0: blocks on their way to the store */
+  double record;             /* rank 0: what is stored of a block, on its way to the host */
+  double output;             /* rank 0: the same on the host, and its file */
   double program;
   double device, host; /* sums: on the card, and in the host's memory of rank 0 */
   double node;         /* in the host's memory of all ranks of rank 0's node, which hold weights on a CPU in common */
@@ -59,7 +60,8 @@ struct plan {
   double step_seconds, block_seconds;         /* sums */
   double sample_step, sample_forward,
       forward_passes; /* seconds of one sample in a step, of one forward pass; such passes a block and sample */
-  double read_seconds, broadcast_seconds, write_seconds; /* of a block */
+  double read_seconds, broadcast_seconds, write_seconds; /* of a block, beside the work on another, */
+  double copy_seconds;                                   /* as copies between a card and the host are */
   double run_seconds;
   const char *limit; /* what a faster run would need more of, or why it does not fit */
   int largest_batch; /* power of two that fits, the number of samples at most; 0: none does */

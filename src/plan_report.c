@@ -57,12 +57,13 @@ static void print_memory(const struct plan *plan) {
   print_bytes(card ? "context, libraries, NCCL" : "scratch of kernels", memory->backend, "");
   if (card) {
     print_bytes("the next block as it comes", memory->image, "");
+    print_bytes("a block's codes (rank 0)", memory->record, "");
     print_bytes("all, on the device", memory->device, "");
     printf("memory of rank 0, on the host\n");
   }
   print_bytes("a block as it is read", memory->image, "");
   if (memory->streams_on_host > 0) print_bytes("streams of its samples, pinned", memory->streams_on_host, "");
-  print_bytes("blocks being stored (rank 0)", memory->output, "");
+  print_bytes("a block being stored (rank 0)", memory->output, "");
   print_bytes("program", memory->program, "");
   print_bytes(card ? "all, on the host" : "all (rank 0)", memory->host, "");
   if (memory->node > memory->host) print_bytes("all ranks of its node", memory->node, card ? "" : ", which hold weights in common");
@@ -113,11 +114,11 @@ static json_t *parts_json(const double parts[PLAN_PARTS], double sum) {
 }
 
 static json_t *memory_json(const struct plan_memory *memory) {
-  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
+  return json_pack("{s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "weights", memory->weights, "effective",
                    memory->effective, "weight_gradient", memory->weight_gradient, "activations", memory->activations, "streams",
                    memory->streams, "streams_on_host", memory->streams_on_host, "learnables", memory->learnables, "backend",
-                   memory->backend, "image", memory->image, "output", memory->output, "program", memory->program, "device", memory->device,
-                   "host", memory->host, "node", memory->node);
+                   memory->backend, "image", memory->image, "record", memory->record, "output", memory->output, "program", memory->program,
+                   "device", memory->device, "host", memory->host, "node", memory->node);
 }
 
 /* What bench/simulate.py needs of the work. */
@@ -144,15 +145,15 @@ static json_t *cluster_json(const struct plan *plan) {
 
 static int print_json(const struct plan *plan, struct error *error) {
   json_t *object = json_pack(
-      "{s:s, s:i, s:f, s:b, s:s, s:i, s:i, s:o, s:b, s:f, s:f, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:s, s:i, s:i, s:o, s:o}",
+      "{s:s, s:i, s:f, s:b, s:s, s:i, s:i, s:o, s:b, s:f, s:f, s:f, s:f, s:o, s:o, s:f, s:f, s:f, s:f, s:f, s:f, s:s, s:i, s:i, s:o, s:o}",
       "model_type", plan->model.model_type, "blocks", plan->model.blocks, "parameters", plan->parameters, "headers", plan->headers,
       "machine", plan->machine.name, "ranks", plan->ranks, "steps_a_block", plan->steps_a_block, "memory_bytes", memory_json(&plan->memory),
       "fits", plan->fits, "checkpoint_bytes", plan->checkpoint_bytes, "block_bytes", plan->block_bytes, "gradient_bytes",
       plan->gradient_bytes, "output_bytes", plan->output_bytes, "step_seconds", parts_json(plan->step, plan->step_seconds), "block_seconds",
       parts_json(plan->block, plan->block_seconds), "read_seconds", plan->read_seconds, "broadcast_seconds", plan->broadcast_seconds,
-      "write_seconds", plan->write_seconds, "run_seconds", plan->run_seconds, "gpu_hours", plan->run_seconds / 3600 * plan->ranks, "limit",
-      plan->limit, "largest_batch", plan->largest_batch, "useful_ranks", plan->useful_ranks, "workload", workload_json(plan), "cluster",
-      cluster_json(plan));
+      "write_seconds", plan->write_seconds, "copy_seconds", plan->copy_seconds, "run_seconds", plan->run_seconds, "gpu_hours",
+      plan->run_seconds / 3600 * plan->ranks, "limit", plan->limit, "largest_batch", plan->largest_batch, "useful_ranks",
+      plan->useful_ranks, "workload", workload_json(plan), "cluster", cluster_json(plan));
   char *text = object ? json_dumps(object, JSON_INDENT(1) | JSON_REAL_PRECISION(15)) : NULL;
   if (text)
     puts(text);

@@ -22,6 +22,7 @@ int rank_open_learner(struct rank *rank, const struct recipe *recipe, int ranks,
   rank->learner = (struct learner){
       .recipe = recipe, .world = &rank->world, .k = k, .block = &rank->block, .shard = &rank->shard, .target = &rank->target};
   if (target_init(&rank->target, error) || learner_init(&rank->learner, error)) return error->code;
+  if (record_room_init(&rank->room, &rank->learner, error)) return error->code;
   return samples_place(&rank->target.x, error) ? error->code : learner_place(&rank->learner, error);
 }
 
@@ -29,6 +30,7 @@ void rank_close(struct rank *rank) {
   struct kernels *k = rank->k;
   if (!k) return;
   free(rank->image);
+  record_room_free(&rank->room);
   learner_free(&rank->learner);
   target_free(&rank->target);
   let_statistics_free(&rank->statistics);

@@ -1,4 +1,5 @@
-/* record.c: from a learned block on the device to a block_record on the host. */
+/* record.c: from a learned block on the device to a block_record on the host. The device lays all of it out as the file has it, and it comes to the
+ * host in one copy, beside the work on the next block. */
 #include "record.h"
 
 #include <math.h>
@@ -11,196 +12,216 @@ const char *record_kept_name(enum kept kept) {
   return names[kept];
 }
 
-static void *host_memory(size_t count, size_t size, struct error *error) {
-  void *memory = error->code ? NULL : calloc(count ? count : 1, size);
-  if (!memory) error_set(error, ERROR_WORK, "out of memory for a block's record");
-  return memory;
-}
+static const int64_t PANEL = 1 << 24; /* weights that are quantized at a time: scratch memory is for as many, whatever the layer */
 
-/* ---- linear layers ---- */
-
-/* The record's linear of that name, made when its first part comes. */
-static struct quantized_linear *linear_named(struct block_record *record, const struct linear *layer, const struct row_map *source,
-                                             const struct quantized_shape *shape, struct error *error) {
-  for (int i = 0; i < record->linears; i++)
-    if (strcmp(record->linear[i].name, layer->name) == 0) return &record->linear[i];
-  struct quantized_linear *linear = &record->linear[record->linears++];
-  size_t rows = (size_t)source->total, groups = (size_t)groups_per_row(shape);
-  *linear = (struct quantized_linear){.out_features = source->total,
-                                      .in_features = layer->columns,
-                                      .bits = shape->quantizer.bits,
-                                      .group_size = shape->quantizer.group_size,
-                                      .symmetric = shape->quantizer.symmetric};
-  snprintf(linear->name, sizeof linear->name, "%s", layer->name);
-  linear->codes = host_memory(rows, (size_t)packed_row_bytes(layer->columns, shape->quantizer.bits), error);
-  linear->scale = host_memory(rows, groups * sizeof *linear->scale, error);
-  linear->zero_point = host_memory(rows, groups, error);
-  return linear;
-}
-
-/* A learned array of that name, [rows, columns], made when its first part comes. */
-static struct named_array *array_named(struct block_record *record, const char *name, int64_t rows, int64_t columns, struct error *error) {
-  for (int i = 0; i < record->calibration_arrays; i++)
-    if (strcmp(record->calibration[i].name, name) == 0) return &record->calibration[i];
-  struct named_array *array = &record->calibration[record->calibration_arrays++];
-  snprintf(array->name, sizeof array->name, "%s", name);
-  array->dimensions = columns ? 2 : 1;
-  array->shape[0] = rows;
-  array->shape[1] = columns;
-  array->values = host_memory((size_t)rows, (size_t)(columns ? columns : 1) * sizeof(float), error);
-  return array;
-}
-
-/* Copies a part's rows, from row `first` on, to their places in the checkpoint's tensor. */
-static void place_rows(void *to, const void *from, const struct row_map *source, int64_t first, int64_t rows, size_t row_bytes) {
-  for (int64_t row = 0; row < rows; row++)
-    /* NOLINTNEXTLINE(clang-analyzer-core.NonNullParamChecker): a part is found by its name only where its memory was there */
-    memcpy((char *)to + (size_t)source_row(source, first + row) * row_bytes, (const char *)from + (size_t)row * row_bytes, row_bytes);
-}
+/* ---- where things stand ---- */
 
 static const struct row_map *source_of(const struct learner *l, int linear) {
   const struct model *model = l->block->model;
   return &model->tensor[model->linear[linear].weight].source;
 }
 
-/* ---- codes, in panels of rows: what the device and the host hold of them on the way is small, whatever the layer ---- */
-
-static const int64_t PANEL = 1 << 24;
-
-struct panel {
-  int64_t first, rows;
-  size_t codes, groups, bytes; /* of its codes, its groups, and of all: codes, then zero points, then scales, each at a multiple of 16 */
-  size_t zero_point, scale;    /* where they begin */
-};
-
-static size_t after(size_t bytes) {
-  return (bytes + 15) / 16 * 16;
+static bool learns_factors(const struct learner *l) {
+  return l->recipe->lwc && l->recipe->epochs > 0;
 }
 
-/* From row `first` on, of as many weights at the most, but a row at least. */
-static struct panel panel_at(const struct quantized_shape *shape, int64_t first, int64_t weights) {
-  int64_t most = shape->columns < weights ? weights / shape->columns : 1, left = shape->rows - first;
-  struct panel panel = {.first = first, .rows = left < most ? left : most};
-  panel.codes = (size_t)(panel.rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
-  panel.groups = (size_t)(panel.rows * groups_per_row(shape));
-  panel.zero_point = after(panel.codes);
-  panel.scale = panel.zero_point + after(panel.groups);
-  panel.bytes = panel.scale + panel.groups * sizeof(uint16_t);
-  return panel;
+/* Whether a tensor stays as it is unless LET folds something into it. */
+static bool may_be_folded(const struct learner *l, int tensor) {
+  return l->recipe->let && l->recipe->epochs > 0 && !model_quantizes(l->block->model, tensor);
+}
+
+static size_t values_of(const struct block_tensor *tensor) {
+  return (size_t)(tensor->rows * tensor->columns);
+}
+
+static float *floats_at(uint8_t *memory, size_t at) {
+  return (float *)(void *)(memory + at);
+}
+
+/* Where the next so many bytes stand. */
+static size_t take(size_t *all, size_t bytes) {
+  size_t at = *all;
+  *all += (bytes + 15) / 16 * 16;
+  return at;
+}
+
+/* Where the checkpoint's tensor stands that a layer's weight is, or is a part of. */
+static const struct record_place *place_of(const struct record_room *room, const struct learner *l, int linear) {
+  return &room->weight[model_first_part(l->block->model, l->block->model->linear[linear].weight)];
+}
+
+/* Whether a layer is quantized, and the first that is met of its tensor. */
+static bool is_first(const struct model *model, int linear) {
+  const struct linear *layer = &model->linear[linear];
+  return layer->quantized && model_first_part(model, layer->weight) == layer->weight;
+}
+
+static void place_linear(struct record_room *room, const struct learner *l, int index) {
+  const struct quantized_shape *shape = &l->lwc.shape[index];
+  struct record_place *at = &room->weight[l->block->model->linear[index].weight];
+  size_t rows = (size_t)source_of(l, index)->total, groups = rows * (size_t)groups_per_row(shape);
+  at->codes = take(&room->bytes, rows * (size_t)packed_row_bytes(shape->columns, shape->quantizer.bits));
+  at->zero_point = take(&room->bytes, groups);
+  at->scale = take(&room->bytes, groups * sizeof(uint16_t));
+  for (int end = 0; end < 2 && learns_factors(l); end++) at->factor[end] = take(&room->bytes, groups * sizeof(float));
+}
+
+static void place_all(struct record_room *room, const struct learner *l) {
+  const struct model *model = l->block->model;
+  for (int i = 0; i < model->linears; i++)
+    if (is_first(model, i)) place_linear(room, l, i);
+  room->let = take(&room->bytes, (size_t)l->let.count * sizeof(float));
+  for (int i = 0; i < model->tensors; i++)
+    if (may_be_folded(l, i)) room->folded[i] = take(&room->own_bytes, values_of(&model->tensor[i]) * sizeof(float));
+  room->losses = take(&room->own_bytes, (size_t)l->recipe->epochs * sizeof(float));
+  room->timing = take(&room->own_bytes, (size_t)l->world->size * PHASES * sizeof(float));
 }
 
 int record_room_init(struct record_room *room, const struct learner *l, struct error *error) {
-  size_t most = 1;
-  for (int i = 0; i < l->block->model->linears; i++) {
-    const struct quantized_shape *shape = &l->lwc.shape[i];
-    if (shape->rows > 0 && panel_at(shape, 0, PANEL).bytes > most) most = panel_at(shape, 0, PANEL).bytes;
+  struct kernels *k = l->k;
+  *room = (struct record_room){.k = k, .panel = PANEL};
+  place_all(room, l);
+  room->device = room->host = k->allocate(k, room->bytes);
+  room->own = calloc(1, room->own_bytes);
+  if (k->lane_open) {
+    room->host = k->allocate_host(k, room->bytes);
+    room->lane = k->lane_open(k);
   }
-  *room = (struct record_room){.k = l->k, .panel = PANEL, .device = l->k->allocate(l->k, most), .host = l->k->allocate_host(l->k, most)};
-  if (room->device && room->host) return 0;
-  return error_set(error, ERROR_WORK, "out of memory on %s for a block's codes (%zu bytes)", l->k->name, most);
+  if (room->device && room->host && room->own && (room->lane || !k->lane_open)) return 0;
+  return error_set(error, ERROR_WORK, "out of memory on %s for a block's codes (%zu bytes)", k->name, room->bytes);
 }
 
 void record_room_free(struct record_room *room) {
-  if (!room->k) return;
-  if (room->device) room->k->release(room->k, room->device);
-  room->k->release_host(room->k, room->host);
+  struct kernels *k = room->k;
+  if (!k) return;
+  if (k->lane_open) {
+    k->lane_close(k, room->lane);
+    k->release_host(k, room->host);
+  }
+  if (room->device) k->release(k, room->device);
+  free(room->own);
   *room = (struct record_room){0};
 }
 
-static void quantize_panel(const struct record_room *room, const struct learner *l, int index, const float *factor,
-                           const struct panel *panel) {
-  struct rows_of_weight of = lwc_rows(&l->lwc, l->block, &l->let, index, (struct row_range){panel->first, panel->rows}, factor);
-  l->k->quantize_codes(l->k, room->device, (uint16_t *)(void *)(room->device + panel->scale), room->device + panel->zero_point, of.w,
-                       &of.scales, of.hi, of.lo, &of.shape);
-  l->k->download(l->k, room->host, room->device, panel->bytes);
+/* ---- the device's part: everything as the file has it, on its way to the host ---- */
+
+/* Rows [first, first + count) of a layer, which are neighbours in the checkpoint's tensor too. */
+static void pack_rows(const struct record_room *room, const struct learner *l, int index, struct row_range rows, const float *factor) {
+  const struct record_place *at = place_of(room, l, index);
+  struct rows_of_weight of = lwc_rows(&l->lwc, l->block, &l->let, index, rows, factor);
+  int64_t row = source_row(source_of(l, index), rows.first), per_row = groups_per_row(&of.shape);
+  size_t group = (size_t)(row * per_row), bytes = (size_t)(rows.count * per_row) * sizeof(float);
+  l->k->quantize_codes(l->k, room->device + at->codes + row * packed_row_bytes(of.shape.columns, of.shape.quantizer.bits),
+                       (uint16_t *)(void *)(room->device + at->scale) + group, room->device + at->zero_point + group, of.w, &of.scales,
+                       of.hi, of.lo, &of.shape);
+  if (!factor) return;
+  l->k->copy(l->k, floats_at(room->device, at->factor[0]) + group, of.hi, bytes);
+  l->k->copy(l->k, floats_at(room->device, at->factor[1]) + group, of.lo, bytes);
 }
 
-static int record_linear(struct block_record *record, const struct record_room *room, const struct learner *l, int index,
-                         const float *factor, struct error *error) {
+static void pack_linear(const struct record_room *room, const struct learner *l, int index, const float *factor) {
   const struct quantized_shape *shape = &l->lwc.shape[index];
   const struct row_map *source = source_of(l, index);
-  size_t row_groups = (size_t)groups_per_row(shape), row_bytes = (size_t)packed_row_bytes(shape->columns, shape->quantizer.bits);
-  struct quantized_linear *linear = linear_named(record, &l->block->model->linear[index], source, shape, error);
-  for (int64_t row = 0; row < shape->rows && !error->code;) {
-    struct panel panel = panel_at(shape, row, room->panel);
-    quantize_panel(room, l, index, factor, &panel);
-    place_rows(linear->codes, room->host, source, row, panel.rows, row_bytes);
-    place_rows(linear->zero_point, room->host + panel.zero_point, source, row, panel.rows, row_groups);
-    place_rows(linear->scale, room->host + panel.scale, source, row, panel.rows, row_groups * sizeof(uint16_t));
-    row += panel.rows;
+  int64_t most = shape->columns < room->panel ? room->panel / shape->columns : 1;
+  for (int64_t row = 0, count; row < shape->rows; row += count) {
+    int64_t run = source->run - row % source->run, left = shape->rows - row;
+    count = run < left ? run : left;
+    if (count > most) count = most;
+    pack_rows(room, l, index, (struct row_range){row, count}, factor);
   }
-  return error->code;
 }
 
-/* ---- what was learned ---- */
+/* Factors that training learned as gamma and beta are stored as these: infinity where the sigmoid is 1. */
+static void unpack_factors(const struct record_room *room, const struct learner *l, int index) {
+  int64_t groups = source_of(l, index)->total * groups_per_row(&l->lwc.shape[index]);
+  for (int end = 0; end < 2; end++)
+    l->k->sigmoid_inverse(l->k, floats_at(room->device, place_of(room, l, index)->factor[end]), INFINITY, groups);
+}
 
-/* A layer's clipping factors, as gamma and beta where training learned these. */
-static int record_factors(struct block_record *record, const struct learner *l, int index, const float *factor, struct error *error) {
-  static const char *const names[2][2] = {{"f_hi", "f_lo"}, {"gamma", "beta"}};
+void record_pack(const struct record_room *room, const struct learner *l, struct learned learned) {
+  const struct model *model = l->block->model;
+  struct kernels *k = l->k;
+  if (room->lane) k->join(k, room->lane);
+  for (int i = 0; i < model->linears; i++)
+    if (model->linear[i].quantized) pack_linear(room, l, i, learned.factor);
+  for (int i = 0; i < model->linears && learned.factor && l->lwc.sigmoid; i++)
+    if (is_first(model, i)) unpack_factors(room, l, i);
+  if (learned.let) k->copy(k, room->device + room->let, learned.let, (size_t)l->let.count * sizeof(float));
+  if (!room->lane) return;
+  k->follow(k, room->lane);
+  k->send(k, room->lane, room->host, room->device, room->bytes);
+}
+
+int record_wait(const struct record_room *room, struct error *error) {
+  if (!room->lane || room->k->idle(room->k, room->lane, true)) return error->code;
+  return error_set(error, ERROR_WORK, "the device failed while a block's codes were copied to the host");
+}
+
+/* ---- the host's part: what stands where ---- */
+
+static void *list_of(size_t count, size_t size, struct error *error) {
+  void *memory = error->code ? NULL : calloc(count ? count : 1, size);
+  if (!memory) error_set(error, ERROR_WORK, "out of memory for a block's record");
+  return memory;
+}
+
+static void name_linear(struct block_record *record, const struct record_room *room, const struct learner *l, int index) {
   const struct quantized_shape *shape = &l->lwc.shape[index];
-  int64_t groups = groups_of(shape), per_row = groups_per_row(shape);
-  float *host = host_memory((size_t)groups, sizeof *host, error);
-  for (int end = 0; end < 2 && !error->code; end++) {
-    char name[96];
-    snprintf(name, sizeof name, "%.64s/%s", l->block->model->linear[index].name, names[l->lwc.sigmoid][end]);
-    struct named_array *array = array_named(record, name, source_of(l, index)->total, per_row, error);
-    if (error->code) break;
-    l->k->download(l->k, host, factor + end * l->lwc.groups + l->lwc.first[index], (size_t)groups * sizeof *host);
-    for (int64_t g = 0; l->lwc.sigmoid && g < groups; g++) host[g] = logf(host[g] / (1 - host[g]));
-    place_rows(array->values, host, source_of(l, index), 0, shape->rows, (size_t)per_row * sizeof *host);
-  }
-  free(host);
-  return error->code;
+  const struct record_place *at = place_of(room, l, index);
+  struct quantized_linear *linear = &record->linear[record->linears++];
+  *linear = (struct quantized_linear){.out_features = source_of(l, index)->total,
+                                      .in_features = shape->columns,
+                                      .bits = shape->quantizer.bits,
+                                      .group_size = shape->quantizer.group_size,
+                                      .symmetric = shape->quantizer.symmetric,
+                                      .codes = room->host + at->codes,
+                                      .scale = (uint16_t *)(void *)(room->host + at->scale),
+                                      .zero_point = room->host + at->zero_point};
+  snprintf(linear->name, sizeof linear->name, "%s", l->block->model->linear[index].name);
 }
 
-static void record_vector(struct block_record *record, const struct learner *l, const char *name, const float *values, int64_t count,
-                          struct error *error) {
-  struct named_array *array = array_named(record, name, count, 0, error);
-  if (!error->code) l->k->download(l->k, array->values, values, (size_t)count * sizeof *values);
+/* What calibration learned: [rows, columns], or [rows] where there are no columns. */
+static void name_array(struct block_record *record, const char *of, const char *what, float *values, int64_t rows, int64_t columns) {
+  struct named_array *array = &record->calibration[record->calibration_arrays++];
+  *array = (struct named_array){.dimensions = columns ? 2 : 1, .shape = {rows, columns}, .values = values};
+  snprintf(array->name, sizeof array->name, "%.64s%s", of, what);
 }
 
-static int record_let(struct block_record *record, const struct learner *l, const float *parameter, struct error *error) {
+static void name_factors(struct block_record *record, const struct record_room *room, const struct learner *l, int index) {
+  static const char *const names[2][2] = {{"/f_hi", "/f_lo"}, {"/gamma", "/beta"}};
+  for (int end = 0; end < 2; end++)
+    name_array(record, l->block->model->linear[index].name, names[l->lwc.sigmoid][end],
+               floats_at(room->host, place_of(room, l, index)->factor[end]), source_of(l, index)->total,
+               groups_per_row(&l->lwc.shape[index]));
+}
+
+static void name_let(struct block_record *record, const struct record_room *room, const struct learner *l) {
   for (int place = 0; place < LET_PLACES; place++) {
-    char name[96];
+    const char *name = let_place_name((enum let_place)place);
     if (!l->let.channels[place]) continue;
-    snprintf(name, sizeof name, "%s/s", let_place_name((enum let_place)place));
-    record_vector(record, l, name, parameter + l->let.s[place], l->let.channels[place], error);
-    if (l->let.delta[place] == ABSENT) continue;
-    snprintf(name, sizeof name, "%s/delta", let_place_name((enum let_place)place));
-    record_vector(record, l, name, parameter + l->let.delta[place], l->let.channels[place], error);
+    name_array(record, name, "/s", floats_at(room->host, room->let) + l->let.s[place], l->let.channels[place], 0);
+    if (l->let.delta[place] != ABSENT)
+      name_array(record, name, "/delta", floats_at(room->host, room->let) + l->let.delta[place], l->let.channels[place], 0);
   }
-  return error->code;
 }
 
-static int record_losses(struct block_record *record, const struct learner *l, struct error *error) {
-  int epochs = l->recipe->epochs;
-  struct named_array *array = array_named(record, "loss", epochs, 0, error);
-  if (array->values) memcpy(array->values, l->epoch_loss, (size_t)epochs * sizeof(float));
-  return error->code;
-}
-
-/* ---- what LET folded into tensors that stay unquantized: those whose values are not the checkpoint's ---- */
-
-static int record_folded_tensor(struct block_record *record, const struct learner *l, int index, struct error *error) {
+/* What LET folded into a tensor that stays unquantized, if its values are not the checkpoint's. */
+static int take_folded(struct block_record *record, const struct record_room *room, const struct learner *l, int index,
+                       struct error *error) {
   const struct block_tensor *tensor = &l->block->model->tensor[index];
-  int64_t count = tensor->rows * tensor->columns;
-  float *folded = host_memory((size_t)count, sizeof *folded, error), *plain = host_memory((size_t)count, sizeof *plain, error);
-  if (!error->code) {
-    l->k->fetch(l->k, folded, block_tensor(l->block, BLOCK_QUANTIZED, index), count);
-    l->k->fetch(l->k, plain, block_tensor(l->block, BLOCK_FULL, index), count);
-  }
-  if (!error->code && memcmp(folded, plain, (size_t)count * sizeof *plain) != 0) {
+  size_t count = values_of(tensor);
+  float *folded = floats_at(room->own, room->folded[index]), *plain = list_of(count, sizeof *plain, error);
+  if (error->code) return error->code;
+  l->k->fetch(l->k, folded, block_tensor(l->block, BLOCK_QUANTIZED, index), (int64_t)count);
+  l->k->fetch(l->k, plain, block_tensor(l->block, BLOCK_FULL, index), (int64_t)count);
+  if (memcmp(folded, plain, count * sizeof *plain) != 0) {
     struct named_array *array = &record->folded[record->folded_arrays++];
+    *array = (struct named_array){.dimensions = tensor->dimensions, .shape = {tensor->rows, tensor->columns}, .values = folded};
+    if (tensor->dimensions == 1) array->shape[0] = tensor->columns;
     snprintf(array->name, sizeof array->name, "%s", tensor->name);
-    array->dimensions = tensor->dimensions;
-    array->shape[0] = tensor->dimensions == 2 ? tensor->rows : tensor->columns;
-    array->shape[1] = tensor->columns;
-    array->values = folded;
-    folded = NULL;
   }
-  free(folded);
   free(plain);
-  return error->code;
+  return 0;
 }
 
 /* ---- the whole ---- */
@@ -209,37 +230,41 @@ int record_block(struct block_record *record, const struct record_room *room, co
                  const struct outcome *outcome, struct error *error) {
   const struct model *model = l->block->model;
   struct learned learned = learner_result(l, outcome);
+  int epochs = l->recipe->epochs;
   *record = (struct block_record){.index = index,
                                   .loss_rtn = outcome->loss[KEPT_RTN],
                                   .loss_start = outcome->loss[KEPT_START],
                                   .loss_end = outcome->loss[KEPT_END],
                                   .skipped_steps = outcome->skipped,
                                   .untrained_experts = outcome->untrained_experts,
-                                  .world_size = l->world->size};
+                                  .world_size = l->world->size,
+                                  .lent = true};
   snprintf(record->kept, sizeof record->kept, "%s", record_kept_name(outcome->kept));
-  record->linear = host_memory((size_t)model->linears, sizeof *record->linear, error);
-  record->calibration = host_memory(2 * (size_t)model->linears + 2 * LET_PLACES + 1, sizeof *record->calibration, error);
-  record->folded = host_memory((size_t)model->tensors, sizeof *record->folded, error);
-  for (int i = 0; i < model->linears && !error->code; i++) {
-    if (!model->linear[i].quantized) continue;
-    record_linear(record, room, l, i, learned.factor, error);
-    if (learned.factor && !error->code) record_factors(record, l, i, learned.factor, error);
+  record->linear = list_of((size_t)model->linears, sizeof *record->linear, error);
+  record->calibration = list_of(2 * (size_t)model->linears + 2 * LET_PLACES + 1, sizeof *record->calibration, error);
+  record->folded = list_of((size_t)model->tensors, sizeof *record->folded, error);
+  for (int i = 0; i < model->tensors && learned.let && !error->code; i++) /* while the device has nothing else to do */
+    if (may_be_folded(l, i)) take_folded(record, room, l, i, error);
+  if (error->code) return error->code;
+  record_pack(room, l, learned);
+  for (int i = 0; i < model->linears; i++) {
+    if (!is_first(model, i)) continue;
+    name_linear(record, room, l, i);
+    if (learned.factor) name_factors(record, room, l, i);
   }
-  for (int i = 0; i < model->tensors && learned.let && !error->code; i++)
-    if (!model_quantizes(model, i)) record_folded_tensor(record, l, i, error);
-  if (learned.let && !error->code) record_let(record, l, learned.let, error);
-  if (l->recipe->epochs > 0 && (l->recipe->lwc || l->recipe->let) && !error->code) record_losses(record, l, error);
-  return error->code;
+  if (learned.let) name_let(record, room, l);
+  if (epochs == 0 || !(l->recipe->lwc || l->recipe->let)) return 0;
+  memcpy(floats_at(room->own, room->losses), l->epoch_loss, (size_t)epochs * sizeof(float));
+  name_array(record, "loss", "", floats_at(room->own, room->losses), epochs, 0);
+  return 0;
 }
 
-int record_timing(struct block_record *record, const float *rank_seconds, double seconds, struct error *error) {
-  size_t count = (size_t)record->world_size * PHASES;
+void record_timing(struct block_record *record, const struct record_room *room, const float *rank_seconds, double seconds) {
+  float *values = floats_at(room->own, room->timing);
   record->seconds = seconds;
-  record->timing = (struct named_array){.name = "timing", .dimensions = 2, .shape = {record->world_size, PHASES}};
-  record->timing.values = host_memory(count, sizeof(float), error);
-  if (record->timing.values) memcpy(record->timing.values, rank_seconds, count * sizeof(float));
+  record->timing = (struct named_array){.name = "timing", .dimensions = 2, .shape = {record->world_size, PHASES}, .values = values};
+  memcpy(values, rank_seconds, (size_t)record->world_size * PHASES * sizeof *values);
   snprintf(record->phases, sizeof record->phases, "%s", timing_phases);
-  return error->code;
 }
 
 int64_t record_bytes(const struct model *model, const struct recipe *recipe) {

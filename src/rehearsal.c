@@ -4,7 +4,6 @@
 #include <stdlib.h>
 
 #include "rank.h"
-#include "store.h"
 
 struct rehearsed {
   struct rank rank;
@@ -20,34 +19,14 @@ static struct trace take(struct rehearsed *r) {
 
 /* ---- the block ---- */
 
-/* The codes that the team's first rank packs, while the others wait. */
-static int pack(struct rank *rank, struct error *error) {
-  const struct learner *l = &rank->learner;
-  struct kernels *k = l->k;
-  for (int i = 0; i < l->block->model->linears && !error->code; i++) {
-    const struct quantized_shape *shape = &l->lwc.shape[i];
-    size_t groups = (size_t)groups_of(shape), bytes = (size_t)(shape->rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
-    if (shape->rows == 0) continue;
-    uint8_t *codes = k->allocate(k, bytes), *zero_point = k->allocate(k, groups);
-    uint16_t *scale = k->allocate(k, groups * sizeof *scale);
-    if (codes && zero_point && scale)
-      k->quantize_codes(k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), NULL, NULL,
-                        NULL, shape);
-    else
-      error_set(error, ERROR_WORK, "out of memory on %s for codes", k->name);
-    k->release(k, codes);
-    k->release(k, zero_point);
-    k->release(k, scale);
-  }
-  return error->code;
-}
-
 /* All that is done to a block; its rows are noted. */
 static int block(struct rank *rank, struct error *error) {
   struct outcome outcome;
   block_load(&rank->block, rank->image ? (const void *)rank->image : rank->target.x.all /* an address that nobody reads */);
   target_pass(&rank->target, true);
-  return learner_run(&rank->learner, 0, &outcome, error) ? error->code : pack(rank, error);
+  if (learner_run(&rank->learner, 0, &outcome, error)) return error->code;
+  record_pack(&rank->room, &rank->learner, learner_result(&rank->learner, &outcome));
+  return record_wait(&rank->room, error);
 }
 
 static int run(struct rehearsed *r, int ranks, struct rehearsal *rehearsal, struct error *error) {
@@ -58,6 +37,7 @@ static int run(struct rehearsed *r, int ranks, struct rehearsal *rehearsal, stru
   rehearsal->steps = l->recipe->epochs * rank->shard.steps;
   rehearsal->learnables = l->count;
   rehearsal->allocated = r->trace.allocated;
+  rehearsal->record_allocated = rank->room.bytes;
   if (rank->image && block(rank, error)) return error->code; /* memory is touched and libraries have made their plans */
   take(r);
   if (block(rank, error)) return error->code;

@@ -16,6 +16,7 @@ struct rehearsal {
   size_t allocated;             /* bytes of device memory */
   size_t block_allocated;       /* of it for the block itself */
   size_t gradient_allocated;    /* of that for a weight's gradient, some rows at a time */
+  size_t record_allocated;      /* of `allocated` for what is stored of the block, on one rank of a team alone */
   int64_t learnables;           /* parameters */
   int samples;                  /* of the rank */
   int steps;                    /* of the block */

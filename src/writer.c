@@ -12,6 +12,7 @@ struct writer {
   pthread_t thread;
   struct block_image image;   /* the thread's while busy, */
   struct block_record record; /* this too */
+  const struct record_room *room;
   struct error error;
 };
 
@@ -29,7 +30,8 @@ static void block_free_both(struct block_image *image, struct block_record *reco
 
 static void *writer_main(void *argument) {
   struct writer *writer = argument;
-  if (!writer->image.bytes) block_image_make(&writer->image, &writer->record, store_info(writer->store), writer->where, &writer->error);
+  if (!writer->image.bytes && record_wait(writer->room, &writer->error) == 0)
+    block_image_make(&writer->image, &writer->record, store_info(writer->store), writer->where, &writer->error);
   block_record_free(&writer->record);
   if (!writer->error.code) store_write_block(writer->store, &writer->image, &writer->error);
   block_image_free(&writer->image);
@@ -37,13 +39,15 @@ static void *writer_main(void *argument) {
   return NULL;
 }
 
-static int writer_wait(struct writer *writer, struct error *error) {
+int writer_wait(struct writer *writer, struct error *error) {
+  if (!writer) return 0;
   if (writer->busy) pthread_join(writer->thread, NULL);
   writer->busy = false;
   return writer->error.code ? error_set(error, writer->error.code, "%s", writer->error.message) : 0;
 }
 
-int writer_submit(struct writer *writer, struct block_image *image, struct block_record *record, struct error *error) {
+int writer_submit(struct writer *writer, struct block_image *image, struct block_record *record, const struct record_room *room,
+                  struct error *error) {
   if (!writer) return 0;
   if (writer_wait(writer, error)) {
     block_free_both(image, record);
@@ -51,6 +55,7 @@ int writer_submit(struct writer *writer, struct block_image *image, struct block
   }
   writer->image = *image;
   writer->record = *record;
+  writer->room = room;
   *image = (struct block_image){0};
   *record = (struct block_record){0};
   world_hold(writer->world);

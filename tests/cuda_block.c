@@ -3,6 +3,7 @@
 #include "cuda_pair.h"
 #include "fixture.h"
 #include "learn.h"
+#include "same_store.h"
 
 static struct kernels *cpu, *cuda;
 
@@ -184,8 +185,53 @@ static void calibrations_are_those_of_the_cpu(void **context) {
   bound_print(bounds, 2);
 }
 
+/* ---- records ---- */
+
+/* The next block begins, and all that the record was made of changes, before it is waited for; in Falcon parts of one tensor, in OPT folded biases. */
+static void records_come_beside_the_work(void **context) {
+  (void)context;
+  static const char *const models[] = {"llama_mha", "falcon_40b", "opt"};
+  for (int i = 0; i < 3; i++) {
+    struct error error = {0};
+    struct fixture f;
+    struct rank rank;
+    struct record_room other;
+    struct block_record waited_for, beside;
+    struct outcome outcome;
+    struct recipe recipe;
+    recipe_init(&recipe);
+    recipe.wbits = 3;
+    recipe.group_size = 32;
+    recipe.let = true;
+    recipe.epochs = 1;
+    recipe.samples = recipe.batch = 2;
+    recipe.seqlen = TOKENS;
+    fixture_open(&f, models[i], "expected.safetensors");
+    open_rank(&rank, &f, cuda, &recipe, similar_samples(&f.memory, &f, recipe.samples));
+    struct learner *l = &rank.learner;
+    target_pass(&rank.target, true);
+    if (record_room_init(&other, l, &error) || learner_run(l, 0, &outcome, &error)) fail_msg("%s", error.message);
+    outcome.kept = KEPT_END; /* with parameters, whatever was best */
+    if (record_block(&waited_for, &rank.room, l, 0, &outcome, &error) || record_wait(&rank.room, &error)) fail_msg("%s", error.message);
+    cuda->download(cuda, rank.room.host, rank.room.device, rank.room.bytes); /* once more, behind all work */
+    if (record_block(&beside, &other, l, 0, &outcome, &error)) fail_msg("%s", error.message);
+    block_load(&rank.block, f.image[0]);
+    learner_start(l);
+    learner_begin(l);
+    learner_step(l, 0, 1);
+    if (record_wait(&other, &error)) fail_msg("%s", error.message);
+    assert_true(same_record(&waited_for, &beside));
+    block_record_free(&waited_for);
+    block_record_free(&beside);
+    record_room_free(&other);
+    rank_close(&rank);
+    fixture_close(&f);
+  }
+}
+
 int main(void) {
-  const struct CMUnitTest tests[] = {cmocka_unit_test(blocks_are_those_of_the_cpu), cmocka_unit_test(calibrations_are_those_of_the_cpu)};
+  const struct CMUnitTest tests[] = {cmocka_unit_test(blocks_are_those_of_the_cpu), cmocka_unit_test(calibrations_are_those_of_the_cpu),
+                                     cmocka_unit_test(records_come_beside_the_work)};
   open_backends(&cpu, &cuda);
   int failed = cmocka_run_group_tests(tests, NULL, NULL);
   cuda->close(cuda);

@@ -22,6 +22,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <vector>
 
 extern "C" {
@@ -296,7 +297,12 @@ inline void let_copies_run() {
   }
 }
 
+/* Of threads that ask, or wait for what was asked. */
+typedef std::lock_guard<std::recursive_mutex> guard;
+inline std::recursive_mutex one_at_a_time;
+
 inline void run_until(stream *s, unsigned long at) {
+  guard alone(one_at_a_time);
   while (s->done < at) {
     if (is_ready(s))
       do_next(s);
@@ -307,10 +313,12 @@ inline void run_until(stream *s, unsigned long at) {
 }
 
 inline void run_all() {
+  guard alone(one_at_a_time);
   for (stream *s : streams) run_until(s, s->asked);
 }
 
 inline void ask(stream *s, const stream::operation &operation) {
+  guard alone(one_at_a_time);
   s->queue.push_back(operation);
   s->asked++;
   if (s->works && !work_is_late()) run_until(s, s->asked);
@@ -319,7 +327,7 @@ inline void ask(stream *s, const stream::operation &operation) {
 
 /* What the work's stream is asked for, noted while a graph is recorded. */
 typedef std::vector<std::function<void()>> graph;
-inline graph *recorded;
+inline thread_local graph *recorded;
 
 inline void issue(void *on, std::function<void()> work) {
   stream *s = (stream *)on;
@@ -481,11 +489,11 @@ inline cudaError_t cudaGetDeviceCount(int *count) {
   return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int) {
-  emulation::devices++;
-  emulation::opening = true;
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) {
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) { /* asked for by who opens it */
+  emulation::devices++;
+  emulation::opening = true;
   *properties = {"emulated", emulation::dry ? emulation::dry->major : 9, emulation::dry ? emulation::dry->minor : 0};
   return cudaSuccess;
 }

@@ -7,7 +7,6 @@
 #include "fixture.h"
 #include "rank.h"
 #include "rehearsal.h"
-#include "store.h"
 
 struct kernels *CUDA_OPEN(int device, struct error *error);
 
@@ -45,27 +44,8 @@ static void download_routed(struct kernels *k, void *to, const void *from, size_
     ((int32_t *)to)[e] = (int32_t)((int64_t)routing.tokens * routing.top * e / routing.experts);
 }
 
-/* The codes as record.c asks for them, of the transformed weights. */
-static void pack(struct rank *rank) {
-  const struct learner *l = &rank->learner;
-  struct kernels *k = l->k;
-  for (int i = 0; i < l->block->model->linears; i++) {
-    const struct quantized_shape *shape = &l->lwc.shape[i];
-    struct weight_scales scales = let_scales(&l->let, i);
-    size_t groups = (size_t)groups_of(shape), bytes = (size_t)(shape->rows * packed_row_bytes(shape->columns, shape->quantizer.bits));
-    if (shape->rows == 0) continue;
-    uint8_t *codes = k->allocate(k, bytes), *zero_point = k->allocate(k, groups);
-    uint16_t *scale = k->allocate(k, groups * sizeof *scale);
-    k->quantize_codes(k, codes, scale, zero_point, block_tensor(l->block, BLOCK_FULL, l->block->model->linear[i].weight), &scales,
-                      l->lwc.factor + l->lwc.first[i], l->lwc.factor + l->lwc.groups + l->lwc.first[i], shape);
-    k->release(k, codes);
-    k->release(k, zero_point);
-    k->release(k, scale);
-  }
-}
-
 /* Everything that a rank opens for a block and does to it. What is opened is what the plan counts, and 16 bytes for each buffer of none; from then on
- * the kernels' scratch is all that is added, which is returned, until the codes, whose memory is given back. */
+ * the kernels' scratch is all that is added, which is returned. */
 static size_t run_block(struct dry_device *device, const struct dry_device *like, const struct model *model, const struct recipe *recipe,
                         int ranks) {
   enum { EMPTY_BUFFERS = 4096 };
@@ -88,9 +68,9 @@ static size_t run_block(struct dry_device *device, const struct dry_device *like
   block_load(&rank->block, rank); /* an address that nobody reads */
   target_pass(&rank->target, true);
   if (learner_run(&rank->learner, 0, &outcome, &error)) fail_msg("%s", error.message);
+  record_pack(&rank->room, &rank->learner, (struct learned){rank->learner.lwc.factor, recipe->let ? rank->learner.let.parameter : NULL});
   size_t scratch = device->taken - before - opened;
   assert_int_equal(device->peak, device->taken);
-  pack(rank);
   if (k->synchronize(k, &error)) fail_msg("%s", error.message);
   if (*device->failure) fail_msg("%s", device->failure);
   /* With more than two samples a step, levels of the tree of sums begin behind an odd number of floats. */

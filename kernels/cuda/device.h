@@ -13,6 +13,7 @@
 #endif
 
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -34,9 +35,14 @@ enum { BLOCK_THREADS = 256, WARP = 32 };
 /* ---- host side ---- */
 
 /* Keeps the first failure. */
+static pthread_mutex_t failing = PTHREAD_MUTEX_INITIALIZER; /* who waits for a lane may be another thread than who works */
+
 static bool cuda_check(struct kernels *k, cudaError_t code, const char *what) {
-  if (code != cudaSuccess) error_set(&k->state->failure, ERROR_WORK, "CUDA: %s failed: %s", what, cudaGetErrorString(code));
-  return code == cudaSuccess;
+  if (code == cudaSuccess) return true;
+  pthread_mutex_lock(&failing);
+  error_set(&k->state->failure, ERROR_WORK, "CUDA: %s failed: %s", what, cudaGetErrorString(code));
+  pthread_mutex_unlock(&failing);
+  return false;
 }
 
 static cudaStream_t cuda_stream(struct kernels *k) {

@@ -76,8 +76,7 @@ static void lane_join(struct kernels *k, struct lane *lane) {
 }
 
 static bool lane_idle(struct kernels *k, struct lane *lane, bool wait) {
+  if (!cuda_check(k, cudaSetDevice(k->state->device), "choosing the device")) return false; /* a thread begins with the first */
   cudaError_t code = wait ? cudaStreamSynchronize(stream_of(lane)) : cudaStreamQuery(stream_of(lane));
-  if (code == cudaErrorNotReady) return false;
-  cuda_check(k, code, "copying beside the work");
-  return true;
+  return code != cudaErrorNotReady && cuda_check(k, code, "copying beside the work");
 }
