@@ -63,8 +63,9 @@ int learner_init(struct learner *l, struct error *error) {
   if (let_init(&l->let, l->block->model, k, l->recipe, error)) return error->code;
   l->count = 2 * l->lwc.groups + l->let.count;
   if (searches(l)) place_importances(l);
-  size_t count = (size_t)l->count, depth = (size_t)shard_sum_depth(l->shard), columns = (size_t)l->importances;
-  size_t summed = count + 1 > columns ? count + 1 : columns, steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
+  size_t count = (size_t)l->count, columns = (size_t)l->importances;
+  int64_t summed = l->count + 1 > l->importances ? l->count + 1 : l->importances;
+  size_t steps = (size_t)l->recipe->epochs * (size_t)l->shard->steps;
   size_t sample_bytes = (size_t)sample_elements(l) * k->element_bytes;
   if (samples_init(&l->x_q, k, l->shard->count, sample_elements(l), l->world->rank, error) ||
       samples_init(&l->next, k, l->shard->count, sample_elements(l), l->world->rank, error))
@@ -81,7 +82,7 @@ int learner_init(struct learner *l, struct error *error) {
       {&l->copy.target, sample_bytes, repeats(l)},
       {&l->copy.augmented, sample_bytes, repeats(l) && l->recipe->aug_loss},
       {&l->gradient, (count + 1) * sizeof(float), true},
-      {&l->scratch, depth * summed * sizeof(float), true},
+      {&l->scratch, shard_scratch(l->shard, summed) * sizeof(float), true},
       {&l->m, count * sizeof(float), true},
       {&l->v, count * sizeof(float), true},
       {&l->start, count * sizeof(float), true},

@@ -29,10 +29,15 @@ int shard_step_samples(const struct shard *shard, int step) {
   return left < shard->batch ? left : shard->batch;
 }
 
-int shard_sum_depth(const struct shard *shard) {
+/* From one level's values to the next one's: devices add four floats at a time where they may. */
+static int64_t stride_of(int64_t count) {
+  return (count + 3) / 4 * 4;
+}
+
+size_t shard_scratch(const struct shard *shard, int64_t count) {
   int depth = 1;
   while (1 << depth < shard->batch) depth++;
-  return depth;
+  return (size_t)depth * (size_t)stride_of(count);
 }
 
 /* The tree over slots [from, from + length): node `index` of a level holds [from + index * length / 2^level, from + (index + 1) * length / 2^level). */
@@ -58,7 +63,7 @@ static bool sum_node(const struct tree *tree, int level, int64_t index, float *o
   }
   bool left = sum_node(tree, level + 1, 2 * index, out, scratch);
   if (!left) return sum_node(tree, level + 1, 2 * index + 1, out, scratch);
-  if (sum_node(tree, level + 1, 2 * index + 1, scratch, scratch + tree->count)) tree->k->add(tree->k, out, scratch, tree->count);
+  if (sum_node(tree, level + 1, 2 * index + 1, scratch, scratch + stride_of(tree->count))) tree->k->add(tree->k, out, scratch, tree->count);
   return true;
 }
 

@@ -28,8 +28,8 @@ int shard_sample(const struct shard *shard, int local);
 /* Samples in a step, over all ranks. */
 int shard_step_samples(const struct shard *shard, int step);
 
-/* Buffers that shard_step_sum needs beside its result. */
-int shard_sum_depth(const struct shard *shard);
+/* Floats that shard_step_sum needs beside its result. */
+size_t shard_scratch(const struct shard *shard, int64_t count);
 
 /* What is summed: assigns a sample's values to out. */
 typedef void shard_leaf(void *context, int local, float *out);
@@ -37,7 +37,7 @@ typedef void shard_leaf(void *context, int local, float *out);
 /* out = sum over the step's samples on all ranks; zero for a rank and step without any. Collective. */
 void shard_step_sum(const struct shard *shard, int step, shard_leaf *leaf, void *context, struct kernels *k, struct world *world,
                     float *out,     /* [count], device memory */
-                    float *scratch, /* [shard_sum_depth, count], device memory */
+                    float *scratch, /* [shard_scratch], device memory */
                     int64_t count);
 
 #endif

@@ -10,9 +10,8 @@ int target_init(struct target *t, struct error *error) {
   if (samples_init(&t->x, t->k, t->shard->count, (int64_t)t->block->tokens * t->block->model->hidden, t->world->rank, error))
     return error->code;
   if (!t->statistics) return 0;
-  size_t bytes = (size_t)t->statistics->count * sizeof(float);
-  t->step = t->k->allocate(t->k, bytes);
-  t->scratch = t->k->allocate(t->k, (size_t)shard_sum_depth(t->shard) * bytes);
+  t->step = t->k->allocate(t->k, (size_t)t->statistics->count * sizeof(float));
+  t->scratch = t->k->allocate(t->k, shard_scratch(t->shard, t->statistics->count) * sizeof(float));
   if (!t->step || !t->scratch) return error_set(error, ERROR_WORK, "out of memory on %s for statistics", t->k->name);
   return 0;
 }

@@ -99,7 +99,7 @@ static void step_sum(struct memory *d, int samples, int batch, int size, int ste
   for (int rank = 0; rank < size; rank++) {
     struct shard shard;
     shard_init(&shard, samples, batch, rank, size);
-    float *out = poisoned_floats(d, VALUES), *scratch = poisoned_floats(d, shard_sum_depth(&shard) * VALUES);
+    float *out = poisoned_floats(d, VALUES), *scratch = poisoned_floats(d, (int64_t)shard_scratch(&shard, VALUES));
     leaves->shard = &shard;
     shard_step_sum(&shard, step, leaf, leaves, d->k, &alone, out, scratch, VALUES);
     d->k->download(d->k, sum[rank], out, sizeof *sum);
