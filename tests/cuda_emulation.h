@@ -461,6 +461,10 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 inline int __popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
+inline float __fmul_rn(float a, float b) {
+  volatile float product = a * b; /* which no compiler for hosts contracts */
+  return product;
+}
 
 /* ---- the runtime ---- */
 
@@ -664,7 +668,8 @@ inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return cudaSuccess;
 }
 
-/* ---- cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias along D's rows), column-major, in fp32, rounded once ---- */
+/* ---- cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias along D's rows), column-major, in fp32, rounded once; and at half the sum over k too, where
+ * the caller lets parts be of the output's type ---- */
 
 typedef int cublasStatus_t;
 typedef int cublasOperation_t;
@@ -681,8 +686,10 @@ enum {
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+  CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
   CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 };
+enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2, CUBLASLT_REDUCTION_SCHEME_MASK = 7 }; /* 1 and 4: parts of the output's type */
 
 struct cublasLtMatmulDesc {
   cublasOperation_t operation[2] = {CUBLAS_OP_N, CUBLAS_OP_N}; /* of A and B */
@@ -695,6 +702,7 @@ struct cublasLtMatrixLayout {
 };
 struct cublasLtMatmulPreference {
   uint32_t alignment[4]; /* of A, B, C, D */
+  uint32_t reduction;    /* how the parts of a product that is cut along k may be added */
   size_t workspace;
 };
 struct cublasLtMatmulAlgo_t {
@@ -787,7 +795,7 @@ inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout)
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
-  *preference = new cublasLtMatmulPreference{{256, 256, 256, 256}, 0}; /* the library's own defaults */
+  *preference = new cublasLtMatmulPreference{{256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK, 0}; /* the library's own defaults */
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
@@ -796,9 +804,11 @@ inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t
 }
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, int what, const void *value,
                                                            size_t bytes) {
-  bool workspace = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-  if (bytes != (workspace ? sizeof preference->workspace : sizeof *preference->alignment)) return CUBLAS_STATUS_INVALID_VALUE;
-  memcpy(workspace ? (void *)&preference->workspace : (void *)&preference->alignment[what], value, bytes);
+  void *to = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES     ? (void *)&preference->workspace
+             : what == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK ? (void *)&preference->reduction
+                                                                  : (void *)&preference->alignment[what];
+  if (bytes != (to == &preference->workspace ? sizeof preference->workspace : sizeof(uint32_t))) return CUBLAS_STATUS_INVALID_VALUE;
+  memcpy(to, value, bytes);
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
@@ -834,6 +844,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
   const bool left_turned = d->operation[0] == CUBLAS_OP_T, right_turned = d->operation[1] == CUBLAS_OP_N;
   const uint64_t stride = (uint64_t)to_layout->stride;
   const float scale = *alpha, kept = *beta;
+  const bool rounds_parts = algorithm->preference.reduction & ~(uint32_t)CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
   emulation::issue(stream, [=] {
     std::vector<float> left = emulation::widened((const uint16_t *)a, &left_layout, left_turned);
     std::vector<float> right = emulation::widened((const uint16_t *)b, &right_layout, right_turned);
@@ -841,7 +852,10 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, c
       for (uint64_t i = 0; i < sizes.m; i++) {
         uint16_t *out = (uint16_t *)to + j * stride + i;
         float sum = 0;
-        for (uint64_t l = 0; l < sizes.k; l++) sum += left[i * sizes.k + l] * right[j * sizes.k + l];
+        for (uint64_t l = 0; l < sizes.k; l++) {
+          if (rounds_parts && l == sizes.k / 2) sum = emulation::bf16_value(emulation::bf16_bits(sum));
+          sum += left[i * sizes.k + l] * right[j * sizes.k + l];
+        }
         sum = scale * sum + (kept != 0 ? kept * emulation::bf16_value(*out) : 0) + (bias ? emulation::bf16_value(bias[i]) : 0);
         *out = emulation::bf16_bits(sum);
       }

@@ -541,7 +541,13 @@ static double search_error(const float *w, const float *a, int64_t length, const
   return error;
 }
 
-/* Two pairs of factors may be as good but for the last bits: what is compared is the error of those found. */
+static bool on_grid(float factor) {
+  for (int step = 0; step < CLIP_SEARCH_STEPS; step++)
+    if (factor == 1 - CLIP_SEARCH_STRIDE * (float)step) return true;
+  return false;
+}
+
+/* Two pairs of factors may be as good but for the last bits: what is compared is the error of those found, each of which has the CPU's bits. */
 static void search(void **context) {
   (void)context;
   struct bound bound = {"clip_search (error over the CPU's, less 1)", 1e-5, 0};
@@ -571,6 +577,7 @@ static void search(void **context) {
         assert_true(isnan(found[1][0][g]) && isnan(found[1][1][g]));
         continue;
       }
+      assert_true(on_grid(found[1][0][g]) && on_grid(found[1][1][g]));
       double want = search_error(scaled + at, scaled_a + begin, length, q, found[0][0][g], found[0][1][g]);
       double got = search_error(scaled + at, scaled_a + begin, length, q, found[1][0][g], found[1][1][g]);
       bound_check(&bound, fmax(got / want - 1, 0), "search");

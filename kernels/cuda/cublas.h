@@ -86,6 +86,7 @@ static bool plan_set_bias(struct kernels *k, struct plan *plan, const struct pro
          cublas_check(k, cublasLtMatmulDescSetAttribute(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p->bias, sizeof p->bias), p);
 }
 
+/* Where a product is cut along k, its parts have to stay fp32: by default they may be rounded to C's bf16 before they are added. */
 static bool plan_choose(struct kernels *k, struct plan *plan, const struct product *p, const struct plan_key *key) {
   struct cublas *cublas = (struct cublas *)k->state->products;
   cublasLtMatmulPreference_t preference = NULL;
@@ -94,17 +95,18 @@ static bool plan_choose(struct kernels *k, struct plan *plan, const struct produ
   if (!cublas_check(k, cublasLtMatmulPreferenceCreate(&preference), p)) return false;
   const struct {
     cublasLtMatmulPreferenceAttributes_t what;
-    uint32_t bytes;
-  } alignment[] = {{CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key->alignment[1]},
-                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key->alignment[0]},
-                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key->alignment[2]},
-                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key->alignment[2]}};
+    uint32_t value;
+  } wish[] = {{CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key->alignment[1]},
+              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key->alignment[0]},
+              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, key->alignment[2]},
+              {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, key->alignment[2]},
+              {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE}};
   bool good = cublas_check(
       k,
       cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES, sizeof WORKSPACE_BYTES),
       p);
-  for (int i = 0; i < 4 && good; i++)
-    good = cublas_check(k, cublasLtMatmulPreferenceSetAttribute(preference, alignment[i].what, &alignment[i].bytes, sizeof(uint32_t)), p);
+  for (size_t i = 0; i < sizeof wish / sizeof *wish && good; i++)
+    good = cublas_check(k, cublasLtMatmulPreferenceSetAttribute(preference, wish[i].what, &wish[i].value, sizeof(uint32_t)), p);
   good = good && cublas_check(k,
                               cublasLtMatmulAlgoGetHeuristic(cublas->handle, plan->operation, plan->b, plan->a, plan->c, plan->c,
                                                              preference, 1, &result, &found),

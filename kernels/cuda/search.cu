@@ -5,10 +5,10 @@
 enum { SEARCH_THREADS = 160, SEARCH_PAIRS = CLIP_SEARCH_STEPS * CLIP_SEARCH_STEPS, SEARCH_PIECE = 512 };
 static_assert(SEARCH_PAIRS <= SEARCH_THREADS && SEARCH_THREADS % WARP == 0, "a thread for each pair");
 
-/* The factor of step i: 1 - stride * i as the CPU has it, whatever is contracted. */
+/* The factor of step i: 1 - stride * i as the CPU has it. A product that is written plainly is contracted with the difference, also out of a volatile
+ * variable. */
 DEVICE float search_factor(int step) {
-  volatile float off = CLIP_SEARCH_STRIDE * (float)step;
-  return 1 - off;
+  return 1 - __fmul_rn(CLIP_SEARCH_STRIDE, (float)step);
 }
 
 /* The first of the pairs with the least error: all errors that are not finite leave the factors at 1. */
