@@ -25,9 +25,19 @@ out=${OUT:-results-gpu}
 mkdir -p "$out" || exit
 bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
-tar -C "$bundle" -xJf "$archive" || exit
+# Not every machine has xz; whoever has PyTorch has Python.
+if command -v xz >/dev/null; then
+  tar -C "$bundle" -xJf "$archive" || exit
+else
+  python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$archive" "$bundle" || exit
+fi
 # shellcheck disable=SC1091 # of the archive
 . "$bundle/env.sh"
+missing=$(ldd "$bundle/bin/omniquant_cuda.so" | awk '/not found/{print $1}' | sort -u | paste -sd' ')
+if [ -n "$missing" ]; then
+  echo "not here: $missing; put their folders into LD_LIBRARY_PATH" | tee -a "$out/summary.txt"
+  exit 1
+fi
 # What no program of ours would find by itself: where the fixtures are, and that the card is used by the first rank of each node.
 export OMNIQUANT_FIXTURES=$PWD/tests/fixtures
 
