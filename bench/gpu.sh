@@ -31,6 +31,7 @@ if command -v xz >/dev/null; then
 else
   python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$archive" "$bundle" || exit
 fi
+libraries_before=${LD_LIBRARY_PATH:-}
 # shellcheck disable=SC1091 # of the archive
 . "$bundle/env.sh"
 missing=$(ldd "$bundle/bin/omniquant_cuda.so" | awk '/not found/{print $1}' | sort -u | paste -sd' ')
@@ -82,9 +83,12 @@ bench() {
   step allreduce-2-on-one-card 90 bash tests/ranks.bash 2 "$bundle/bin/gpu_allreduce" 110593 3162113 13369345
 }
 
+# With the libraries that it comes with: the archive's, of another system, are not for it.
+torch_step() { step "$1" 240 env LD_LIBRARY_PATH="$libraries_before" python3 bench/torch_gpu_step.py "${@:2}"; }
+
 torch() {
-  step torch-7b-batch-1 240 python3 bench/torch_gpu_step.py
-  step torch-7b-batch-8 240 python3 bench/torch_gpu_step.py --batch 8 --steps 10
+  torch_step torch-7b-batch-1
+  torch_step torch-7b-batch-8 --batch 8 --steps 10
 }
 
 large() {
