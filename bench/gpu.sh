@@ -54,10 +54,11 @@ step() {
   printf '%-28s %-14s %4d s  %s\n' "$name" "$word" $((SECONDS - begin)) "$(brief "$out/$name.txt" "$out/$name.err")" | tee -a "$out/summary.txt"
 }
 
-# brief FILE...: what of a result fits on a line.
+# brief FILE...: what of a result fits on a line; of one that says none of that its last line.
 brief() {
   grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode|ratio)": [^,}]*' "$1" | paste -sd' ' | grep . ||
-    cat "$@" 2>/dev/null | grep -v '^$' | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120
+    cat "$@" 2>/dev/null | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120 | grep . ||
+    cat "$@" 2>/dev/null | grep . | tail -n 1 | cut -c 1-120
 }
 
 tests() {
