@@ -695,6 +695,7 @@ struct cublasLtMatmulAlgo_t {
 };
 struct cublasLtMatmulHeuristicResult_t {
   cublasLtMatmulAlgo_t algo;
+  cublasStatus_t state;
 };
 typedef int *cublasLtHandle_t;
 typedef cublasLtMatmulDesc *cublasLtMatmulDesc_t;
@@ -800,6 +801,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
   auto sizes = emulation::sizes_of(d, a, b, c);
   if (!sizes.fit) return CUBLAS_STATUS_INVALID_VALUE;
   result->algo = {sizes.m, sizes.n, sizes.k, *preference};
+  result->state = CUBLAS_STATUS_SUCCESS;
   *found = 1;
   return CUBLAS_STATUS_SUCCESS;
 }
