@@ -77,6 +77,7 @@ gpu_step() { step "$1" "$2" "$bundle/bin/gpu_step" --config "bench/shapes/$3.jso
 bench() {
   gpu_step step-7b-batch-1 90 llama-2-7b
   gpu_step step-7b-own-attention 90 llama-2-7b --own-attention
+  gpu_step step-7b-no-graphs 90 llama-2-7b --no-graphs
   gpu_step step-7b-batch-8 120 llama-2-7b --batch 8 --steps 10
   gpu_step step-7b-let-w4a4 90 llama-2-7b --let --bits 4 --group 0 --abits 4
   gpu_step step-135m 60 smollm2-135m --tokens 512 --group 64 --steps 50
