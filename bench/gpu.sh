@@ -25,9 +25,20 @@ out=${OUT:-results-gpu}
 mkdir -p "$out" || exit
 bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
-tar -C "$bundle" -xJf "$archive" || exit
+# Not every machine has xz; whoever has PyTorch has Python.
+if command -v xz >/dev/null; then
+  tar -C "$bundle" -xJf "$archive" || exit
+else
+  python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$archive" "$bundle" || exit
+fi
+libraries_before=${LD_LIBRARY_PATH:-}
 # shellcheck disable=SC1091 # of the archive
 . "$bundle/env.sh"
+missing=$(ldd "$bundle/bin/omniquant_cuda.so" | awk '/not found/{print $1}' | sort -u | paste -sd' ')
+if [ -n "$missing" ]; then
+  echo "not here: $missing; put their folders into LD_LIBRARY_PATH" | tee -a "$out/summary.txt"
+  exit 1
+fi
 # What no program of ours would find by itself: where the fixtures are, and that the card is used by the first rank of each node.
 export OMNIQUANT_FIXTURES=$PWD/tests/fixtures
 
@@ -43,10 +54,11 @@ step() {
   printf '%-28s %-14s %4d s  %s\n' "$name" "$word" $((SECONDS - begin)) "$(brief "$out/$name.txt" "$out/$name.err")" | tee -a "$out/summary.txt"
 }
 
-# brief FILE...: what of a result fits on a line.
+# brief FILE...: what of a result fits on a line; of one that says none of that its last line.
 brief() {
   grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode|ratio)": [^,}]*' "$1" | paste -sd' ' | grep . ||
-    cat "$@" 2>/dev/null | grep -v '^$' | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120
+    cat "$@" 2>/dev/null | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120 | grep . ||
+    cat "$@" 2>/dev/null | grep . | tail -n 1 | cut -c 1-120
 }
 
 tests() {
@@ -65,6 +77,7 @@ gpu_step() { step "$1" "$2" "$bundle/bin/gpu_step" --config "bench/shapes/$3.jso
 bench() {
   gpu_step step-7b-batch-1 90 llama-2-7b
   gpu_step step-7b-own-attention 90 llama-2-7b --own-attention
+  gpu_step step-7b-no-graphs 90 llama-2-7b --no-graphs
   gpu_step step-7b-batch-8 120 llama-2-7b --batch 8 --steps 10
   gpu_step step-7b-let-w4a4 90 llama-2-7b --let --bits 4 --group 0 --abits 4
   gpu_step step-135m 60 smollm2-135m --tokens 512 --group 64 --steps 50
@@ -72,9 +85,12 @@ bench() {
   step allreduce-2-on-one-card 90 bash tests/ranks.bash 2 "$bundle/bin/gpu_allreduce" 110593 3162113 13369345
 }
 
+# With the libraries that it comes with: the archive's, of another system, are not for it.
+torch_step() { step "$1" 240 env LD_LIBRARY_PATH="$libraries_before" python3 bench/torch_gpu_step.py "${@:2}"; }
+
 torch() {
-  step torch-7b-batch-1 240 python3 bench/torch_gpu_step.py
-  step torch-7b-batch-8 240 python3 bench/torch_gpu_step.py --batch 8 --steps 10
+  torch_step torch-7b-batch-1
+  torch_step torch-7b-batch-8 --batch 8 --steps 10
 }
 
 large() {

@@ -52,8 +52,12 @@ pack_mpi() {
 write_environment() {
   cat <<'END'
 b=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-gpu=$(find /usr/local/cuda*/ /opt /usr/lib -maxdepth 9 \( -name 'libcublasLt.so.1*' -o -name 'libcudnn.so.9' -o -name 'libnccl.so.2' \) -printf '%h\n' 2>/dev/null | sort -u | paste -sd:)
-export PATH=$b/bin:$PATH LD_LIBRARY_PATH=$b/lib:$gpu:${LD_LIBRARY_PATH:-}
+# CUDA's libraries: of the Python packages that PyTorch takes them from, wherever they are, or of an installation.
+packages=$(python3 -c 'import nvidia; print(*nvidia.__path__, sep="\n")' 2>/dev/null)
+mapfile -t places < <(printf '%s\n' "$packages" | grep .; ls -d /usr/local/cuda*/ /opt /usr/lib 2>/dev/null)
+gpu=$(find "${places[@]}" -maxdepth 9 \( -name 'libcublasLt.so.1*' -o -name 'libcudart.so.1*' -o -name 'libcudnn.so.9' \
+  -o -name 'libnccl.so.2' -o -name 'libnvrtc.so.1*' \) -printf '%h\n' 2>/dev/null | awk '!seen[$0]++' | paste -sd:)
+export PATH=$b/bin:$PATH:/usr/local/cuda/bin LD_LIBRARY_PATH=$b/lib${gpu:+:$gpu}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export OPAL_PREFIX=$b/openmpi OPAL_LIBDIR=$b/openmpi/lib OPAL_PKGLIBDIR=$b/openmpi/lib/openmpi OPAL_BINDIR=$b/bin
 export OPAL_DATADIR=$b/openmpi/share OPAL_PKGDATADIR=$b/openmpi/share/openmpi
 if [ -d "$b/pmix" ]; then export PMIX_PREFIX=$b/pmix PMIX_INSTALL_PREFIX=$b/pmix PMIX_MCA_mca_base_component_path=$b/pmix/pmix; fi

@@ -14,7 +14,7 @@
 struct arguments {
   const char *config;
   int tokens, bits, abits, group, batch, steps;
-  bool let, own_attention;
+  bool let, own_attention, no_graphs;
 };
 
 static const struct argp_option options[] = {
@@ -27,6 +27,7 @@ static const struct argp_option options[] = {
     {"batch", 'B', "N", 0, "samples a step (1)", 0},
     {"steps", 's', "N", 0, "timed steps (20)", 0},
     {"own-attention", 'o', NULL, 0, "attention by the backend's own kernels, not by cuDNN", 0},
+    {"no-graphs", 'n', NULL, 0, "launch every kernel by itself, in no CUDA graph", 0},
     {0},
 };
 
@@ -35,6 +36,7 @@ static error_t parse(int key, char *text, struct argp_state *state) {
   int *fields[128] = {['T'] = &a->tokens, ['b'] = &a->bits, ['a'] = &a->abits, ['g'] = &a->group, ['B'] = &a->batch, ['s'] = &a->steps};
   if (key == 'l') return a->let = true, 0;
   if (key == 'o') return a->own_attention = true, 0;
+  if (key == 'n') return a->no_graphs = true, 0;
   if (key == 'c') return a->config = text, 0;
   if (key == ARGP_KEY_END && !a->config) argp_error(state, "--config FILE is missing");
   if (key <= 0 || key >= 128 || !fields[key]) return ARGP_ERR_UNKNOWN;
@@ -135,6 +137,7 @@ static int setup_open(struct setup *s, struct error *error) {
   set_recipe(s);
   s->k = CUDA_OPEN(0, error);
   if (s->k) s->k->own_attention = a->own_attention;
+  if (s->k && a->no_graphs) s->k->repeat = NULL;
   if (!s->k || rank_open_block(&s->rank, &s->model, &s->recipe, s->k, error) || rank_open_learner(&s->rank, &s->recipe, 1, error) ||
       rank_fill(&s->rank, error))
     return error->code;
@@ -181,20 +184,20 @@ static int run(struct setup *s, struct error *error) {
     flops += profile.timing[i].flops;
   }
   printf("{\"config\": \"%s\", \"device\": \"%s\", \"tokens\": %d, \"batch\": %d, \"wbits\": %d, \"group\": %d, \"abits\": %d, \"let\": "
-         "%s, \"step_ms\": %.3f, "
+         "%s, \"graphs\": %s, \"step_ms\": %.3f, "
          "\"sample_ms\": %.3f, \"products_ms\": %.3f, \"tflop\": %.3f, \"memory_gb\": %.2f, \"attention_by_cudnn\": %lld, \"skipped\": %d, "
          "\"copy_gb_s\": %.0f, "
          "\"product_tflop_s\": %.0f",
-         a->config, s->k->level, a->tokens, a->batch, a->bits, a->group, a->abits, a->let ? "true" : "false", 1e3 * seconds,
-         1e3 * seconds / a->batch, 1e3 * products, flops / 1e12, (double)taken / 1e9, (long long)library_attention, state.skipped,
-         limits.bandwidth / 1e9, limits.flops / 1e12);
+         a->config, s->k->level, a->tokens, a->batch, a->bits, a->group, a->abits, a->let ? "true" : "false",
+         a->no_graphs ? "false" : "true", 1e3 * seconds, 1e3 * seconds / a->batch, 1e3 * products, flops / 1e12, (double)taken / 1e9,
+         (long long)library_attention, state.skipped, limits.bandwidth / 1e9, limits.flops / 1e12);
   print_timings(&profile, &limits);
   printf("}\n");
   return 0;
 }
 
 int main(int argc, char **argv) {
-  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, false, false}};
+  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, false, false, false}};
   struct error error = {0};
   const struct argp argp = {options, parse, NULL, "Times a training step of a block on a GPU, and each of its operations.",
                             NULL,    NULL,  NULL};

@@ -5,8 +5,15 @@ static size_t sample_bytes(const struct samples *s) {
   return (size_t)s->elements * s->k->element_bytes;
 }
 
+/* From one to the next. On a device each begins as an allocation does: libraries choose how to compute by how an operand is aligned, which must not hang
+ * on how many samples lie before it, and so on the number of ranks. */
+static size_t stride_bytes(const struct samples *s) {
+  const size_t aligned = 256, bytes = sample_bytes(s);
+  return s->k->owns ? (bytes + aligned - 1) / aligned * aligned : bytes;
+}
+
 static size_t all_bytes(const struct samples *s) {
-  return (size_t)s->count * sample_bytes(s);
+  return (size_t)s->count * stride_bytes(s);
 }
 
 static int out_of_memory(const struct samples *s, struct error *error) {
@@ -56,10 +63,10 @@ void samples_free(struct samples *s) {
 /* Beside the work from here on the window gives back what was changed and, where `fetched`, gets the sample. */
 static void window_turn(struct samples *s, struct sample_window *window, int sample, bool fetched) {
   struct kernels *k = s->k;
-  size_t bytes = sample_bytes(s);
+  size_t bytes = sample_bytes(s), stride = stride_bytes(s);
   k->follow(k, window->lane);
-  if (window->changed) k->send(k, window->lane, s->host + (size_t)window->sample * bytes, window->at, bytes);
-  if (fetched && window->sample != sample) k->send(k, window->lane, window->at, s->host + (size_t)sample * bytes, bytes);
+  if (window->changed) k->send(k, window->lane, s->host + (size_t)window->sample * stride, window->at, bytes);
+  if (fetched && window->sample != sample) k->send(k, window->lane, window->at, s->host + (size_t)sample * stride, bytes);
   window->sample = sample;
   window->changed = false;
 }
@@ -67,7 +74,7 @@ static void window_turn(struct samples *s, struct sample_window *window, int sam
 /* A sample that has been given back comes again behind that copy: by the same window, whose lane keeps the order, or by the other one, which follows
  * work that has joined the first one's lane. */
 static data *take(struct samples *s, int sample, bool fetched, bool changed) {
-  if (s->all) return data_at(s->k, s->all, sample * s->elements);
+  if (s->all) return data_at(s->k, s->all, sample * (int64_t)(stride_bytes(s) / s->k->element_bytes));
   int next = (sample + 1) % s->count;
   if (s->window[s->latest].sample != sample) s->latest = !s->latest;
   struct sample_window *window = &s->window[s->latest], *other = &s->window[!s->latest];

@@ -19,7 +19,7 @@ struct samples {
   int count;
   int64_t elements; /* of a sample: T * hidden */
   int rank;         /* for messages */
-  data *all;        /* device memory, [count, elements]; NULL: on the host */
+  data *all;        /* device memory, [count, elements], where it is not the host's each at a multiple of 256 bytes; NULL: on the host */
   char *host;       /* the same, pinned; NULL: on the device */
   struct sample_window window[2];
   int latest; /* the window that was taken */

@@ -329,6 +329,12 @@ inline void ask(stream *s, const stream::operation &operation) {
 typedef std::vector<std::function<void()>> graph;
 inline thread_local graph *recorded;
 
+/* What a device refuses meanwhile, or would do once and not when the graph is launched. */
+inline bool refused(const char *what) {
+  if (recorded) fail("%s while a graph is recorded", what);
+  return recorded != NULL;
+}
+
 inline void issue(void *on, std::function<void()> work) {
   stream *s = (stream *)on;
   if (recorded && s->works)
@@ -510,10 +516,7 @@ inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
-  if (emulation::recorded) { /* which a device refuses */
-    emulation::fail("memory is allocated while a graph is recorded");
-    return 2;
-  }
+  if (emulation::refused("memory is allocated")) return 2;
   if (bytes > emulation::memory_bytes() - emulation::bytes_taken) return cudaErrorMemoryAllocation;
   if (emulation::dry)
     *memory = emulation::dry_allocate(bytes);
@@ -528,6 +531,7 @@ inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
 inline cudaError_t cudaFree(void *memory) {
   auto found = emulation::allocations.find((const char *)memory);
   if (!memory) return cudaSuccess;
+  if (emulation::refused("memory is freed")) return 2;
   if (found == emulation::allocations.end()) {
     emulation::fail("%p is freed, which is no allocation", memory);
     return cudaSuccess;
@@ -545,12 +549,14 @@ inline cudaError_t cudaFree(void *memory) {
 }
 /* Full of NaN. */
 inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
+  if (emulation::refused("host memory is pinned")) return 2;
   if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
   memset(*memory, 0xff, bytes);
   emulation::pinned[(const char *)*memory] = bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaFreeHost(void *memory) {
+  if (emulation::refused("host memory is freed")) return 2;
   emulation::run_all();
   emulation::pinned.erase((const char *)memory);
   free(memory);
@@ -576,10 +582,7 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (emulation::recorded) { /* which a device refuses */
-    emulation::fail("the host waits while a graph is recorded");
-    return 2;
-  }
+  if (emulation::refused("the host waits")) return 2;
   emulation::run_until((emulation::stream *)stream, ((emulation::stream *)stream)->asked);
   return cudaSuccess;
 }
@@ -606,6 +609,7 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (emulation::refused("streams are ordered")) return 2;
   *event = {(emulation::stream *)stream, ((emulation::stream *)stream)->asked};
   return cudaSuccess;
 }
@@ -615,6 +619,7 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, i
 }
 /* Of a dry device only zeros come back. */
 inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t stream) {
+  if (kind != cudaMemcpyDeviceToDevice && emulation::refused("the host's memory is copied")) return 2;
   if (kind == cudaMemcpyDefault) {
     emulation::check_end(to, bytes);
     emulation::check_end(from, bytes);
@@ -711,6 +716,7 @@ struct cublasLtMatmulAlgo_t {
 };
 struct cublasLtMatmulHeuristicResult_t {
   cublasLtMatmulAlgo_t algo;
+  cublasStatus_t state;
 };
 typedef int *cublasLtHandle_t;
 typedef cublasLtMatmulDesc *cublasLtMatmulDesc_t;
@@ -818,6 +824,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtM
   auto sizes = emulation::sizes_of(d, a, b, c);
   if (!sizes.fit) return CUBLAS_STATUS_INVALID_VALUE;
   result->algo = {sizes.m, sizes.n, sizes.k, *preference};
+  result->state = CUBLAS_STATUS_SUCCESS;
   *found = 1;
   return CUBLAS_STATUS_SUCCESS;
 }

@@ -165,13 +165,27 @@ static void copies_run_beside_the_work(void **context) {
   k->close(k);
 }
 
+/* Else cuBLASLt could take another algorithm for a sample that is another rank's first. */
+static void samples_are_aligned_alike(void **context) {
+  (void)context;
+  enum { COUNT = 3 };
+  struct kernels *k = open_device();
+  for (int on_host = 0; on_host < 2; on_host++) {
+    struct pair p;
+    pair_open(&p, k, COUNT, on_host);
+    for (int i = 0; i < COUNT; i++) assert_int_equal((uintptr_t)samples_write(&p.x, i) % 256, 0);
+    pair_close(&p);
+  }
+  k->close(k);
+}
+
 /* On the emulation, whose memory can be chosen: room for what is held back, the windows of two arrays and one of these. */
 static void samples_go_where_there_is_room(void **context) {
   (void)context;
   struct kernels *k = open_device();
   struct error error = {0};
   enum { COUNT = 10 };
-  size_t sample = ELEMENTS * k->element_bytes;
+  size_t sample = ELEMENTS * k->element_bytes, stride = (sample + 255) / 256 * 256;
   char memory[32];
   if (strcmp(k->name, "emulated") != 0) {
     k->close(k);
@@ -180,7 +194,7 @@ static void samples_go_where_there_is_room(void **context) {
   size_t held = SIZE_MAX - k->room(k); /* back from the samples, or taken already; without an end to memory */
   for (int lacking = 0; lacking < 2; lacking++) {
     struct samples first, second, third;
-    snprintf(memory, sizeof memory, "%zu", held + 4 * sample + COUNT * sample - (size_t)lacking);
+    snprintf(memory, sizeof memory, "%zu", held + 4 * sample + COUNT * stride - (size_t)lacking);
     setenv("OMNIQUANT_EMULATED_MEMORY", memory, 1);
     samples_init(&first, k, COUNT, ELEMENTS, 0, &error);
     samples_init(&second, k, COUNT, ELEMENTS, 0, &error);
@@ -201,7 +215,7 @@ static void samples_go_where_there_is_room(void **context) {
 int main(void) {
   struct kernels *cpu, *cuda;
   const struct CMUnitTest tests[] = {cmocka_unit_test(the_host_gives_what_the_device_gives), cmocka_unit_test(copies_run_beside_the_work),
-                                     cmocka_unit_test(samples_go_where_there_is_room)};
+                                     cmocka_unit_test(samples_are_aligned_alike), cmocka_unit_test(samples_go_where_there_is_room)};
   open_backends(&cpu, &cuda); /* or skips */
   cuda->close(cuda);
   cpu->close(cpu);

@@ -112,7 +112,7 @@ static bool plan_choose(struct kernels *k, struct plan *plan, const struct produ
                                                              preference, 1, &result, &found),
                               p);
   cublasLtMatmulPreferenceDestroy(preference);
-  if (good && found == 0) good = cublas_check(k, CUBLAS_STATUS_NOT_SUPPORTED, p);
+  good = good && cublas_check(k, found ? result.state : CUBLAS_STATUS_NOT_SUPPORTED, p);
   if (good) plan->algorithm = result.algo;
   return good;
 }
