@@ -49,6 +49,13 @@ static cudaStream_t cuda_stream(struct kernels *k) {
   return (cudaStream_t)k->state->stream;
 }
 
+/* Whether memory has come. That there is not enough is no failure of the device, and is the caller's to tell. */
+static bool cuda_got(struct kernels *k, cudaError_t code) {
+  if (code != cudaErrorMemoryAllocation) return cuda_check(k, code, "allocating memory");
+  cudaGetLastError();
+  return false;
+}
+
 /* At least that many bytes of device memory, valid until the next call; NULL (and the failure kept) without memory. Grows in the first steps
  * and stays: growing waits for what may still read it. */
 static char *cuda_scratch(struct kernels *k, int64_t bytes) {
@@ -63,8 +70,7 @@ static char *cuda_scratch(struct kernels *k, int64_t bytes) {
   cuda->scratch = NULL;
   cuda->scratch_bytes = 0;
   void *memory = NULL;
-  if (cudaMalloc(&memory, (size_t)bytes) != cudaSuccess) {
-    cudaGetLastError();
+  if (!cuda_got(k, cudaMalloc(&memory, (size_t)bytes))) {
     error_set(&cuda->failure, ERROR_WORK, "out of memory on cuda: %lld bytes for a kernel's scratch", (long long)bytes);
     return NULL;
   }

@@ -6,10 +6,7 @@ static const size_t RESERVE_BYTES = (size_t)1 << 30;
 
 static void *allocate_host(struct kernels *k, size_t bytes) {
   void *memory = NULL;
-  (void)k;
-  if (cudaHostAlloc(&memory, bytes ? bytes : 16, cudaHostAllocDefault) == cudaSuccess) return memory;
-  cudaGetLastError(); /* which is no failure of the device */
-  return NULL;
+  return cuda_got(k, cudaHostAlloc(&memory, bytes ? bytes : 16, cudaHostAllocDefault)) ? memory : NULL;
 }
 
 static void release_host(struct kernels *k, void *memory) {

@@ -3,10 +3,7 @@
 
 static void *cuda_allocate(struct kernels *k, size_t bytes) {
   void *memory = NULL;
-  if (cudaMalloc(&memory, bytes ? bytes : 16) != cudaSuccess) {
-    cudaGetLastError(); /* which is no failure of the device */
-    return NULL;
-  }
+  if (!cuda_got(k, cudaMalloc(&memory, bytes ? bytes : 16))) return NULL;
   cuda_check(k, cudaMemsetAsync(memory, 0, bytes ? bytes : 16, cuda_stream(k)), "clearing memory");
   return memory;
 }
