@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 usage() {
   cat <<'END'
 Usage: bench/gpu.sh ARCHIVE [PART...]
-Unpacks what bench/gpu_pack.sh packed and runs the parts (all of them: tests bench torch large sanitizer).
+Unpacks what bench/gpu_pack.sh packed and runs the parts (all of them: tests bench torch large quality sanitizer).
 Results go to $OUT (results-gpu): a file a step, and summary.txt.
 END
 }
@@ -20,7 +20,7 @@ case ${1:-} in
 esac
 archive=$1
 shift
-parts=${*:-tests bench torch large sanitizer}
+parts=${*:-tests bench torch large quality sanitizer}
 out=${OUT:-results-gpu}
 mkdir -p "$out" || exit
 bundle=$(mktemp -d)
@@ -98,6 +98,19 @@ large() {
   gpu_step step-180b 240 falcon-180b --group 512 --steps 10
 }
 
+# With what scripts/quickstart.sh leaves in work/.
+quality() {
+  local file
+  for file in work/smollm2/config.json work/calibration.h5 work/evaluation.h5; do
+    [ -e "$file" ] || {
+      echo "quality: $file is not here; scripts/quickstart.sh makes it" | tee -a "$out/summary.txt"
+      return
+    }
+  done
+  step quality-135m 400 bash bench/gpu_quality.sh "$bundle/bin/omniquant" work/smollm2 work/calibration.h5 work/evaluation.h5 512 40 \
+    --config configs/quickstart.yaml
+}
+
 sanitizer() {
   local tool
   command -v compute-sanitizer >/dev/null || {
@@ -114,7 +127,7 @@ sanitizer() {
 
 for part in $parts; do
   case $part in
-  tests | bench | torch | large | sanitizer) "$part" ;;
+  tests | bench | torch | large | quality | sanitizer) "$part" ;;
   *) usage >&2 && exit 2 ;;
   esac
 done
