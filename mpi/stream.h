@@ -1,7 +1,8 @@
 /* stream.h: the block stream: items (as a model's blocks, in order) go from rank 0 to every rank, one ahead of the work. On rank 0 a thread
  * reads the next item into the one buffer as soon as the current item has been taken out of it; its pieces are then broadcast without
- * blocking while the ranks work, each time they call stream_poll. Where devices have memory of their own, items come to an image there, beside the
- * work: from device to device by a link, or through each rank's host. What the bytes mean is the source's business. */
+ * blocking while the ranks work, each time they call stream_poll. Where devices have memory of their own, items come to an image there: through each
+ * rank's host beside the work; or to rank 0's device beside the work and, when all ranks ask for the item, by a link from there to the others. What the
+ * bytes mean is the source's business. */
 #ifndef OMNIQUANT_STREAM_H
 #define OMNIQUANT_STREAM_H
 
@@ -23,8 +24,8 @@ struct stream_source {
 /* What carries bytes between devices. */
 struct stream_link {
   void *context;
-  /* Rank 0's become those of every rank, device memory: after the lane's copies so far and before its next ones. Asynchronous. Collective, in the
-   * same order on all ranks; it fails for all. */
+  /* Rank 0's become those of every rank, device memory: after the lane's copies so far and before its next ones. Asynchronous. Collective: called only
+   * where all ranks have come to stream_next, so never beside what they wait for one by one; it fails for all. */
   void (*broadcast)(void *context, struct lane *lane, void *bytes, size_t count);
 };
 
