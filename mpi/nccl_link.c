@@ -55,18 +55,19 @@ static int nccl_open(struct world *world, struct kernels *k, void **opened, stru
   if (code != ncclSuccess)
     error_set(error, ERROR_WORK, "NCCL cannot start: %s (%s); NCCL_DEBUG=INFO tells more", ncclGetErrorString(code),
               ncclGetLastError(NULL));
-  if (world_agree(world, error) || !nccl) { /* what follows waits for all ranks */
+  world_broadcast(world, &id, sizeof id);
+  if (world_agree(world, error) || !nccl) { /* what follows waits for all ranks, and moves no message of MPI's on: all have the id */
     free(nccl);
     return error->code;
   }
   *opened = nccl;
   *nccl = (struct nccl){.world = world, .stream = k->state->stream, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
-  world_broadcast(world, &id, sizeof id);
   code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
-  if (code != ncclSuccess)
-    return error_set(error, ERROR_WORK,
-                     "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
-                     world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
+  if (code != ncclSuccess) {
+    error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
+              world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
+    world_abort(world, error); /* the others may wait for this one in NCCL, which has no limit of time */
+  }
   if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
     return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
   nccl->started = true;
@@ -76,6 +77,8 @@ static int nccl_open(struct world *world, struct kernels *k, void **opened, stru
 static void nccl_close(void *state) {
   struct nccl *nccl = state;
   if (!nccl) return;
+  cudaStreamSynchronize(
+      nccl->stream); /* what was asked for has to be over before the communicator goes; the device's own failure is kept */
   if (nccl->started) {
     pthread_mutex_lock(&nccl->lock);
     nccl->ending = true;
