@@ -9,7 +9,8 @@
 
 /* What carries values between the devices of ranks: NCCL (nccl_link.h). A failure in the middle of a sum ends all ranks. */
 struct device_link {
-  /* Collective. Errors: ERROR_WORK, this rank's own; what *state has then is to be closed, too. */
+  /* Collective; takes what memory it will need. Errors: ERROR_WORK, this rank's own; what *state has then is to be closed, too. What one rank alone
+   * cannot do ends all where the others already wait for it. */
   int (*open)(struct world *world, struct kernels *k, void **state, struct error *error);
   void (*close)(void *state /* NULL is allowed */);
   /* As tree_link has it. */

@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "cuda/backend.h"
+#include "tree.h"
 
 struct nccl {
   ncclComm_t communicator;
@@ -47,6 +48,47 @@ static void *look_for_failures(void *context) {
   return NULL;
 }
 
+static void nccl_exchange(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
+  struct nccl *nccl = state;
+  require(nccl, ncclGroupStart(), "group");
+  if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
+  if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
+  require(nccl, ncclGroupEnd(), "exchange");
+}
+
+static void nccl_largest(void *state, float *values, size_t count) {
+  struct nccl *nccl = state;
+  require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
+}
+
+static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
+  struct nccl *nccl = state;
+  require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
+}
+
+static void keep(void *context, float *values, const float *other, size_t count) {
+  (void)context, (void)values, (void)other, (void)count;
+}
+
+/* Each kind of operation once. The first ones connect the ranks, which wait for each other on the host meanwhile, and take NCCL's buffers, which may be
+ * more than a gigabyte: before what is free is dealt out to samples. */
+static int connect_ranks(struct nccl *nccl, struct kernels *k, struct error *error) {
+  enum { COUNT = 64 };
+  const struct tree_link link = {nccl, nccl_exchange, keep};
+  const struct world *world = nccl->world;
+  float *values = k->allocate(k, 2 * COUNT * sizeof *values);
+  if (!values) {
+    error_set(error, ERROR_WORK, "rank %d: out of memory on %s for NCCL", world->rank, k->name);
+    world_abort(nccl->world, error); /* the others wait in what follows */
+  }
+  tree_sum(&link, world->rank, world->size, values, COUNT, values + COUNT);
+  nccl_largest(nccl, values, COUNT);
+  require(nccl, ncclBroadcast(values, values, COUNT, ncclFloat, 0, nccl->communicator, nccl->stream), "broadcast");
+  k->synchronize(k, error);
+  k->release(k, values);
+  return error->code;
+}
+
 static int nccl_open(struct world *world, struct kernels *k, void **opened, struct error *error) {
   ncclUniqueId id = {{0}};
   struct nccl *nccl = calloc(1, sizeof *nccl);
@@ -68,10 +110,12 @@ static int nccl_open(struct world *world, struct kernels *k, void **opened, stru
               world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
     world_abort(world, error); /* the others may wait for this one in NCCL, which has no limit of time */
   }
-  if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
-    return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
+  if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl)) {
+    error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
+    world_abort(world, error); /* the others wait in what follows */
+  }
   nccl->started = true;
-  return 0;
+  return connect_ranks(nccl, k, error);
 }
 
 static void nccl_close(void *state) {
@@ -88,24 +132,6 @@ static void nccl_close(void *state) {
   }
   if (nccl->communicator) ncclCommDestroy(nccl->communicator);
   free(nccl);
-}
-
-static void nccl_exchange(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
-  struct nccl *nccl = state;
-  require(nccl, ncclGroupStart(), "group");
-  if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
-  if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
-  require(nccl, ncclGroupEnd(), "exchange");
-}
-
-static void nccl_largest(void *state, float *values, size_t count) {
-  struct nccl *nccl = state;
-  require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
-}
-
-static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
-  struct nccl *nccl = state;
-  require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
 }
 
 const struct device_link nccl_link = {nccl_open, nccl_close, nccl_exchange, nccl_largest, nccl_broadcast};
