@@ -9,7 +9,8 @@
 
 /* What carries values between the devices of ranks: NCCL (nccl_link.h). A failure in the middle of a sum ends all ranks. */
 struct device_link {
-  /* Collective. Errors: ERROR_WORK, this rank's own; what *state has then is to be closed, too. */
+  /* Collective; takes what memory it will need. Errors: ERROR_WORK, this rank's own; what *state has then is to be closed, too. What one rank alone
+   * cannot do ends all where the others already wait for it. */
   int (*open)(struct world *world, struct kernels *k, void **state, struct error *error);
   void (*close)(void *state /* NULL is allowed */);
   /* As tree_link has it. */
@@ -29,8 +30,8 @@ const char *device_choose(struct world *world, const char *asked /* "auto", "cpu
 int device_open(struct world *world, struct kernels *k, struct error *error);
 void device_close(struct world *world);
 
-/* What carries the block stream between the devices of a world's ranks; NULL: MPI does. Valid until device_close. Beside sums only on a world of its
- * own: what one world's device carries goes in one order. */
+/* What carries the block stream between the devices of a world's ranks; NULL: MPI does. Valid until device_close. What the devices of ranks carry, of
+ * one world or of several, has to be asked for in one order on all of them. */
 const struct stream_link *device_stream_link(const struct world *world);
 
 /* What world_allreduce and world_largest ask and do. */

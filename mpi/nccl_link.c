@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "cuda/backend.h"
+#include "tree.h"
 
 struct nccl {
   ncclComm_t communicator;
@@ -47,46 +48,6 @@ static void *look_for_failures(void *context) {
   return NULL;
 }
 
-static int nccl_open(struct world *world, struct kernels *k, void **opened, struct error *error) {
-  ncclUniqueId id = {{0}};
-  struct nccl *nccl = calloc(1, sizeof *nccl);
-  ncclResult_t code = world->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
-  if (!nccl) error_set(error, ERROR_WORK, "rank %d: out of memory for NCCL", world->rank);
-  if (code != ncclSuccess)
-    error_set(error, ERROR_WORK, "NCCL cannot start: %s (%s); NCCL_DEBUG=INFO tells more", ncclGetErrorString(code),
-              ncclGetLastError(NULL));
-  if (world_agree(world, error) || !nccl) { /* what follows waits for all ranks */
-    free(nccl);
-    return error->code;
-  }
-  *opened = nccl;
-  *nccl = (struct nccl){.world = world, .stream = k->state->stream, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
-  world_broadcast(world, &id, sizeof id);
-  code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
-  if (code != ncclSuccess)
-    return error_set(error, ERROR_WORK,
-                     "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
-                     world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
-  if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl))
-    return error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
-  nccl->started = true;
-  return 0;
-}
-
-static void nccl_close(void *state) {
-  struct nccl *nccl = state;
-  if (!nccl) return;
-  if (nccl->started) {
-    pthread_mutex_lock(&nccl->lock);
-    nccl->ending = true;
-    pthread_cond_signal(&nccl->end);
-    pthread_mutex_unlock(&nccl->lock);
-    pthread_join(nccl->thread, NULL);
-  }
-  if (nccl->communicator) ncclCommDestroy(nccl->communicator);
-  free(nccl);
-}
-
 static void nccl_exchange(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
   struct nccl *nccl = state;
   require(nccl, ncclGroupStart(), "group");
@@ -103,6 +64,74 @@ static void nccl_largest(void *state, float *values, size_t count) {
 static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
   struct nccl *nccl = state;
   require(nccl, ncclBroadcast(bytes, bytes, count, ncclChar, 0, nccl->communicator, (cudaStream_t)lane->stream), "broadcast");
+}
+
+static void keep(void *context, float *values, const float *other, size_t count) {
+  (void)context, (void)values, (void)other, (void)count;
+}
+
+/* Each kind of operation once. The first ones connect the ranks, which wait for each other on the host meanwhile, and take NCCL's buffers, which may be
+ * more than a gigabyte: before what is free is dealt out to samples. */
+static int connect_ranks(struct nccl *nccl, struct kernels *k, struct error *error) {
+  enum { COUNT = 64 };
+  const struct tree_link link = {nccl, nccl_exchange, keep};
+  const struct world *world = nccl->world;
+  float *values = k->allocate(k, 2 * COUNT * sizeof *values);
+  if (!values) {
+    error_set(error, ERROR_WORK, "rank %d: out of memory on %s for NCCL", world->rank, k->name);
+    world_abort(nccl->world, error); /* the others wait in what follows */
+  }
+  tree_sum(&link, world->rank, world->size, values, COUNT, values + COUNT);
+  nccl_largest(nccl, values, COUNT);
+  require(nccl, ncclBroadcast(values, values, COUNT, ncclFloat, 0, nccl->communicator, nccl->stream), "broadcast");
+  k->synchronize(k, error);
+  k->release(k, values);
+  return error->code;
+}
+
+static int nccl_open(struct world *world, struct kernels *k, void **opened, struct error *error) {
+  ncclUniqueId id = {{0}};
+  struct nccl *nccl = calloc(1, sizeof *nccl);
+  ncclResult_t code = world->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
+  if (!nccl) error_set(error, ERROR_WORK, "rank %d: out of memory for NCCL", world->rank);
+  if (code != ncclSuccess)
+    error_set(error, ERROR_WORK, "NCCL cannot start: %s (%s); NCCL_DEBUG=INFO tells more", ncclGetErrorString(code),
+              ncclGetLastError(NULL));
+  world_broadcast(world, &id, sizeof id);
+  if (world_agree(world, error) || !nccl) { /* what follows waits for all ranks, and moves no message of MPI's on: all have the id */
+    free(nccl);
+    return error->code;
+  }
+  *opened = nccl;
+  *nccl = (struct nccl){.world = world, .stream = k->state->stream, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
+  code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
+  if (code != ncclSuccess) {
+    error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
+              world->rank, ncclGetErrorString(code), ncclGetLastError(NULL));
+    world_abort(world, error); /* the others may wait for this one in NCCL, which has no limit of time */
+  }
+  if (pthread_create(&nccl->thread, NULL, look_for_failures, nccl)) {
+    error_set(error, ERROR_WORK, "rank %d: no thread can be started to watch NCCL", world->rank);
+    world_abort(world, error); /* the others wait in what follows */
+  }
+  nccl->started = true;
+  return connect_ranks(nccl, k, error);
+}
+
+static void nccl_close(void *state) {
+  struct nccl *nccl = state;
+  if (!nccl) return;
+  cudaStreamSynchronize(
+      nccl->stream); /* what was asked for has to be over before the communicator goes; the device's own failure is kept */
+  if (nccl->started) {
+    pthread_mutex_lock(&nccl->lock);
+    nccl->ending = true;
+    pthread_cond_signal(&nccl->end);
+    pthread_mutex_unlock(&nccl->lock);
+    pthread_join(nccl->thread, NULL);
+  }
+  if (nccl->communicator) ncclCommDestroy(nccl->communicator);
+  free(nccl);
 }
 
 const struct device_link nccl_link = {nccl_open, nccl_close, nccl_exchange, nccl_largest, nccl_broadcast};

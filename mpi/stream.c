@@ -1,7 +1,6 @@
 /* stream.c: the reader's thread on rank 0 and the pieces in flight. Only the main thread calls MPI or the device. An item is sent as one status
- * word, so that a failed read reaches all ranks, and then its bytes in pieces: by MPI a few of them under way at a time; or, where devices have a
- * link, all at once, each copied to rank 0's device and from there to the others, on two lanes in turn, so that one piece is copied while another
- * is broadcast. */
+ * word, so that a failed read reaches all ranks, and then its bytes: by MPI in pieces, a few of them under way at a time, and from there to the
+ * device; or, where devices have a link, to rank 0's device and from there to the others', in pieces for which all ranks ask at the same places. */
 #include "stream.h"
 
 #include <pthread.h>
@@ -9,11 +8,11 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { IN_FLIGHT = 4, PIECES = 32, LANES = 2 };
+enum { IN_FLIGHT = 4, PIECES = 32, LINK_PIECES = 16 /* few steps may have to do */ };
 static const size_t SMALLEST_PIECE = (size_t)1 << 20, LARGEST_PIECE = (size_t)1 << 28;
 
 enum reader_state { READER_IDLE, READER_READING, READER_DONE, READER_QUIT };
-enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COPIES, TRANSFER_COMPLETE };
+enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COPY, TRANSFER_COMPLETE };
 
 struct stream {
   struct world *world;
@@ -23,13 +22,14 @@ struct stream {
   MPI_Comm communicator; /* of its own: its broadcasts may overtake the calibration's collectives */
   char *buffer;          /* on the host; NULL where the link brings all */
   char *image;           /* on the device; NULL where its memory is the host's */
-  struct lane *lane[LANES];
-  int item; /* being read or sent, or last handed out */
+  struct lane *lane;     /* of copies to it */
+  int item;              /* being read or sent, or last handed out */
 
   enum transfer_state transfer;
   int status;     /* of the item's read, as broadcast */
   bool cancelled; /* rank 0: the stream is being closed, the item need not be sent */
   size_t posted, piece;
+  size_t sent; /* over the link */
   MPI_Request request[IN_FLIGHT];
 
   bool has_reader; /* rank 0 */
@@ -83,14 +83,15 @@ static bool reader_done(struct stream *s, bool wait) {
 
 /* The image may be overwritten when the work asked for so far is done. */
 static void image_begin(struct stream *s) {
-  for (int i = 0; i < LANES && s->image; i++) s->k->follow(s->k, s->lane[i]);
+  if (s->image) s->k->follow(s->k, s->lane);
 }
 
 /* Begins the transfer of s->item: nothing is posted before rank 0 has read it. */
 static void item_begin(struct stream *s) {
   size_t bytes = s->source.bytes(s->source.context, s->item);
-  s->piece = bytes / PIECES < SMALLEST_PIECE ? SMALLEST_PIECE : bytes / PIECES > LARGEST_PIECE ? LARGEST_PIECE : bytes / PIECES;
-  s->posted = 0;
+  size_t piece = bytes / (s->link ? LINK_PIECES : PIECES);
+  s->piece = piece < SMALLEST_PIECE ? SMALLEST_PIECE : piece > LARGEST_PIECE ? LARGEST_PIECE : piece;
+  s->posted = s->sent = 0;
   s->transfer = TRANSFER_STATUS;
   s->status = 0;
   for (int i = 0; i < IN_FLIGHT; i++) s->request[i] = MPI_REQUEST_NULL;
@@ -111,30 +112,29 @@ static void post_pieces(struct stream *s, size_t bytes) {
   }
 }
 
-/* Asks for the whole image: of the host's buffer where there is one, of rank 0's device where not. */
-static void post_copies(struct stream *s, size_t bytes) {
-  int lane = 0;
-  for (size_t done = 0; done < bytes; done += s->piece, lane = (lane + 1) % LANES) {
-    size_t length = bytes - done < s->piece ? bytes - done : s->piece;
-    if (s->buffer) s->k->send(s->k, s->lane[lane], s->image + done, s->buffer + done, length);
-    if (s->link) s->link->broadcast(s->link->context, s->lane[lane], s->image + done, length);
-  }
-  s->transfer = TRANSFER_COPIES;
-}
-
-/* Which the host sees, so that work asked for from then on need not wait for the lanes. A failure is found by who waits for the work. */
-static bool copies_done(struct stream *s, bool wait) {
-  bool done = true;
-  for (int i = 0; i < LANES; i++) done = s->k->idle(s->k, s->lane[i], wait) && done;
-  return done || wait;
-}
-
-/* All ranks have it on the host, or rank 0 has and the devices' link goes on from there. */
+/* Whoever has it on the host copies it to the device. The host sees when that is done, so that work asked for from then on need not wait for the lane. */
 static void image_copy(struct stream *s, size_t bytes) {
-  if (s->image)
-    post_copies(s, bytes);
-  else
-    s->transfer = TRANSFER_COMPLETE;
+  bool copied = s->image && s->buffer;
+  if (copied) s->k->send(s->k, s->lane, s->image, s->buffer, bytes);
+  s->transfer = copied ? TRANSFER_COPY : TRANSFER_COMPLETE;
+}
+
+/* From rank 0's device to the others', the next so many bytes. What NCCL runs waits on the device for its partners, and what is asked of it has to be
+ * asked in one order on all ranks: had one rank asked for a broadcast and waited for its whole device (freeing memory, loading a kernel), while another
+ * waits for the first in a sum, both would for ever. */
+static void link_send(struct stream *s, size_t length) {
+  s->k->follow(s->k, s->lane);
+  s->link->broadcast(s->link->context, s->lane, s->image + s->sent, length);
+  s->sent += length;
+}
+
+/* What is left of the item, when every rank has come for it. */
+static void link_finish(struct stream *s) {
+  size_t bytes = s->source.bytes(s->source.context, s->item);
+  if (!bytes) return;
+  require(s, MPI_Barrier(s->communicator)); /* a rank that waits for its device moves no message of MPI's on */
+  if (s->sent < bytes) link_send(s, bytes - s->sent);
+  s->k->idle(s->k, s->lane, true);
 }
 
 /* After the status, which is the same on all ranks. */
@@ -168,11 +168,11 @@ static void advance(struct stream *s, bool wait) {
     require(s, MPI_Testall(IN_FLIGHT, s->request, &idle, MPI_STATUSES_IGNORE));
     if (idle && s->posted == bytes) image_copy(s, bytes);
   }
-  if (s->transfer == TRANSFER_COPIES && copies_done(s, wait)) s->transfer = TRANSFER_COMPLETE;
+  if (s->transfer == TRANSFER_COPY && (s->k->idle(s->k, s->lane, wait) || wait)) s->transfer = TRANSFER_COMPLETE;
 }
 
 static void memory_free(struct stream *s) {
-  for (int i = 0; i < LANES && s->image; i++) s->k->lane_close(s->k, s->lane[i]);
+  if (s->image) s->k->lane_close(s->k, s->lane);
   if (s->image) s->k->release(s->k, s->image);
   s->k->release_host(s->k, s->buffer);
   s->image = s->buffer = NULL;
@@ -183,8 +183,7 @@ static bool memory_open(struct stream *s, size_t bytes) {
   bool opened = true;
   if (s->k->owns) {
     s->image = s->k->allocate(s->k, bytes);
-    for (int i = 0; i < LANES && s->image; i++) opened = (s->lane[i] = s->k->lane_open(s->k)) && opened;
-    opened = opened && s->image;
+    opened = s->image && (s->lane = s->k->lane_open(s->k));
   }
   if (s->world->rank == 0 || !s->link) opened = (s->buffer = s->k->allocate_host(s->k, bytes)) && opened;
   return opened;
@@ -203,7 +202,7 @@ int stream_open(struct world *world, struct kernels *k, const struct stream_link
     error_set(error, ERROR_WORK, "rank %d: MPI could not make a communicator for the block stream", world->rank);
     world_abort(world, error); /* the others wait in it */
   }
-  if (s) *s = (struct stream){.world = world, .k = k, .link = link, .source = *source, .communicator = communicator};
+  if (s) *s = (struct stream){.world = world, .k = k, .link = link, .source = *source, .communicator = communicator, .item = source->items};
   if (!s || !memory_open(s, largest)) {
     if (s) memory_free(s);
     MPI_Comm_free(&communicator);
@@ -235,6 +234,16 @@ void stream_poll(struct stream *s) {
   if (s->transfer != TRANSFER_COMPLETE) advance(s, false);
 }
 
+bool stream_ready(const struct stream *s, const struct world *world) {
+  if (!s->link || world->size != s->world->size || s->item >= s->source.items) return false;
+  return s->transfer == TRANSFER_COMPLETE && !s->status && s->sent < s->source.bytes(s->source.context, s->item);
+}
+
+void stream_send(struct stream *s) {
+  size_t left = s->source.bytes(s->source.context, s->item) - s->sent;
+  link_send(s, left < s->piece ? left : s->piece);
+}
+
 int stream_next(struct stream *s, const void **bytes, struct error *error) {
   const struct timespec pause = {.tv_nsec = 50000}; /* leave the core to the reader */
   while (s->transfer != TRANSFER_COMPLETE) {
@@ -242,6 +251,7 @@ int stream_next(struct stream *s, const void **bytes, struct error *error) {
     if (s->transfer != TRANSFER_COMPLETE && !s->has_reader) nanosleep(&pause, NULL);
   }
   *bytes = s->image ? s->image : s->buffer;
+  if (!s->status && s->link) link_finish(s);
   if (!s->status) return 0;
   if (s->has_reader) return error_set(error, s->read_error.code, "%s", s->read_error.message);
   return error_set(error, s->status, "rank 0 could not read item %d of the block stream", s->item);

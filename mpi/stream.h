@@ -1,10 +1,12 @@
 /* stream.h: the block stream: items (as a model's blocks, in order) go from rank 0 to every rank, one ahead of the work. On rank 0 a thread
  * reads the next item into the one buffer as soon as the current item has been taken out of it; its pieces are then broadcast without
  * blocking while the ranks work, each time they call stream_poll. Where devices have memory of their own, items come to an image there, beside the
- * work: from device to device by a link, or through each rank's host. What the bytes mean is the source's business. */
+ * work: through each rank's host; or to rank 0's device and from there to the others' by a link, in pieces for which all ranks ask at the same places.
+ * What the bytes mean is the source's business. */
 #ifndef OMNIQUANT_STREAM_H
 #define OMNIQUANT_STREAM_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "error.h"
@@ -23,8 +25,8 @@ struct stream_source {
 /* What carries bytes between devices. */
 struct stream_link {
   void *context;
-  /* Rank 0's become those of every rank, device memory: after the lane's copies so far and before its next ones. Asynchronous. Collective, in the
-   * same order on all ranks; it fails for all. */
+  /* Rank 0's become those of every rank, device memory: after the lane's copies so far and before its next ones, and in one order with all else that the
+   * link carries. Asynchronous. Collective: called only within stream_send and stream_next; it fails for all. */
   void (*broadcast)(void *context, struct lane *lane, void *bytes, size_t count);
 };
 
@@ -41,6 +43,13 @@ void stream_start(struct stream *stream, int item);
 
 /* Lets a broadcast in work advance; cheap. Call it every few milliseconds of work, on every rank. */
 void stream_poll(struct stream *stream);
+
+/* Whether the next piece of the item that is under way can go from rank 0's device to the others': to be asked, and agreed on, by all ranks at the same
+ * place. Never where MPI carries the bytes, or where `world`, which agrees, is not all of the stream's ranks. */
+bool stream_ready(const struct stream *stream, const struct world *world);
+
+/* Sends it, beside the work asked for from now on. Collective, where all ranks are ready. */
+void stream_send(struct stream *stream);
 
 /* Waits for the next item. Collective. *bytes is host memory, or the device's where it has its own (both of which k->load takes), until
  * stream_release.

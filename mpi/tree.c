@@ -6,6 +6,7 @@
 
 enum {
   MOST_ROUNDS = 32,
+  LINE = 32,   /* floats: halves begin at multiples, so that devices take them by vectors */
   SHORT = 4096 /* floats: below, the time of a message is its latency, and twice the rounds cost more than they save */
 };
 
@@ -23,7 +24,7 @@ static void sum_by_halving(const struct tree_link *link, int rank, int size, flo
   size_t begin[MOST_ROUNDS + 1] = {0}, end[MOST_ROUNDS + 1] = {count}; /* of what a rank holds before each round */
   int round = 0;
   for (int distance = 1; distance < size; distance *= 2, round++) {
-    size_t middle = begin[round] + (end[round] - begin[round]) / 2;
+    size_t middle = begin[round] + (end[round] - begin[round]) / 2 / LINE * LINE;
     bool upper = (rank & distance) != 0;
     size_t kept = begin[round + 1] = upper ? middle : begin[round], given = upper ? begin[round] : middle;
     end[round + 1] = upper ? end[round] : middle;

@@ -391,6 +391,9 @@ void watch_release(struct watch *watch) {
 }
 
 void watch_end_others(struct watch *watch, int status) {
+  static pthread_mutex_t first =
+      PTHREAD_MUTEX_INITIALIZER; /* never given back: a thread that fails meanwhile waits for the end of the process */
+  pthread_mutex_lock(&first);
   if (watch) thread_end(watch, status);
 }
 

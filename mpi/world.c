@@ -85,12 +85,13 @@ bool world_stopping(const struct world *world) {
   return watch_stop_signal() != 0;
 }
 
-bool world_stops(struct world *world) {
-  int mine = watch_stop_signal(), any = mine;
+bool world_stops(struct world *world, bool *ready) {
+  int mine[2] = {watch_stop_signal(), !*ready}, any[2] = {mine[0], mine[1]};
   double since = now();
-  if (world->size > 1) require(world, MPI_Allreduce(&mine, &any, 1, MPI_INT, MPI_MAX, world->communicator), "allreduce");
+  if (world->size > 1) require(world, MPI_Allreduce(mine, any, 2, MPI_INT, MPI_MAX, world->communicator), "allreduce");
   count_wait(world, since);
-  return any != 0;
+  *ready = !any[1];
+  return any[0] != 0;
 }
 
 void world_hold(struct world *world) {

@@ -39,8 +39,8 @@ void world_catch_signals(struct world *world);
 /* Whether this rank knows that the run is to stop, so that work can be left out which nobody will need: ranks learn of it at different times. */
 bool world_stopping(const struct world *world);
 
-/* Whether any rank knows; the same answer on all. Collective. */
-bool world_stops(struct world *world);
+/* Whether any rank knows; the same answer on all. And, by the same message, whether all ranks are ready for something. Collective. */
+bool world_stops(struct world *world, bool *ready /* this rank; becomes all */);
 
 /* Brackets the writing of what is finished: the death of a peer does not interrupt it. Any thread. */
 void world_hold(struct world *world);

@@ -207,13 +207,13 @@ static void open_shared(struct run *run) {
   shared_open(&run->effective, &run->team, bytes);
 }
 
-/* Sums go over the team's devices, blocks beside them over all ranks'. */
+/* Sums go over the team's devices, blocks over all ranks': the same ones where there is one team. */
 static int open_device(struct run *run, struct error *error) {
   run->k = kernels_open(run->options->backend, world_threads(run->world, run->options->threads), run->world->local_rank, error);
   if (world_agree(run->world, error)) return error->code;
   device_open(&run->team, run->k, error);
   if (world_agree(run->world, error)) return error->code;
-  device_open(run->world, run->k, error);
+  if (run->teams > 1) device_open(run->world, run->k, error);
   return world_agree(run->world, error);
 }
 
@@ -228,7 +228,8 @@ static int open_work(struct run *run, struct error *error) {
     use.quantized_inputs = use.quantized_inputs || recipe->activations.abits < 16 || recipe_kv_bits(&recipe->activations) < 16;
     observed = observed || recipe->let;
   }
-  stream_open(run->world, run->k, device_stream_link(run->world), &source, &run->stream, error);
+  const struct stream_link *link = device_stream_link(run->teams > 1 ? run->world : &run->team);
+  stream_open(run->world, run->k, link, &source, &run->stream, error);
   if (world_agree(run->world, error)) return error->code;
   if (!run->k->owns) open_shared(run); /* collective; what follows may fail on one rank alone */
   shard_init(&run->shard, run->recipe->samples, run->recipe->batch, run->team.rank, run->team.size);

@@ -372,11 +372,21 @@ void learner_step(struct learner *l, int step, int steps) {
   update(l, step, steps);
 }
 
+/* Whether the ranks take another step. Before it they send a piece of the next block on, where all are ready: what goes between devices has to be asked
+ * for in one order on all ranks. */
+static bool goes_on(struct learner *l) {
+  poll(l);
+  bool ready = l->stream && stream_ready(l->stream, l->world);
+  if (world_stops(l->world, &ready)) return false;
+  if (ready) stream_send(l->stream);
+  return true;
+}
+
 static void train(struct learner *l, int index) {
   int steps = l->recipe->epochs * l->shard->steps, asked = 0, closed = 0;
   int behind = l->log.lane[0] ? 1 : 0; /* epochs that the host looks at later, so that it need not wait */
   learner_begin(l);
-  for (int step = 0; step < steps && !world_stops(l->world); step++) {
+  for (int step = 0; step < steps && goes_on(l); step++) {
     learner_step(l, step, steps);
     if ((step + 1) % l->shard->steps == 0) ask_losses(l, asked++);
     if (closed < asked - behind) close_epoch(l, index, closed++);

@@ -1,6 +1,6 @@
 #!/bin/bash
 # cuda_runs.sh OMNIQUANT TEST_HELPER: whole runs on a GPU, or emulated by a program of that name: two ranks store what one does, bit for bit, and
-# the store is worth about what the CPU's is. Both ranks share one device; to NCCL each is a node of its own, or it would refuse.
+# the store is worth about what the CPU's is. Both ranks may share one device (ranks.bash).
 # shellcheck disable=SC2317 # functions are called through check
 # shellcheck source=tests/common.bash
 . "$(dirname "$0")/common.bash"
@@ -11,9 +11,7 @@
 run() {
   local ranks=$1
   shift
-  # shellcheck disable=SC2016 # the ranks expand it
-  timeout 120 mpirun --bind-to none --oversubscribe -np "$ranks" bash -c 'NCCL_HOSTID=omniquant$OMPI_COMM_WORLD_RANK exec "$0" "$@"' \
-    "$program" "$@" --threads 1 </dev/null
+  bash "$(dirname "$0")/ranks.bash" "$ranks" "$program" "$@" --threads 1
 }
 
 # calibrate NAME MODEL RANKS BACKEND FLAG...: a store in $work/NAME; its output in $work/NAME.log.

@@ -1,5 +1,7 @@
 /* cuda_stream.c: on some ranks (ranks.bash): the block stream into device memory brings every item whole, while work of the device still reads the
  * one before: through each rank's host, and over a link between devices, for which MPI stands in here. */
+#include <time.h>
+
 #include "cuda_ranks.h"
 #include "stream.h"
 
@@ -28,9 +30,30 @@ struct mpi_link {
   char *host; /* [LARGEST] which copies beside the work may use */
 };
 
+/* A rank waits in a broadcast for the others, which may wait for it elsewhere: unless all have come to the same place. */
+static bool together;
+
+static int next_item(struct stream *stream, const void **bytes, struct error *error) {
+  together = true;
+  int code = stream_next(stream, bytes, error);
+  together = false;
+  return code;
+}
+
+/* Whether a piece was sent. */
+static bool step(struct stream *stream) {
+  bool ready = stream_ready(stream, &world);
+  assert_false(world_stops(&world, &ready));
+  together = true;
+  if (ready) stream_send(stream);
+  together = false;
+  return ready;
+}
+
 static void broadcast(void *context, struct lane *lane, void *bytes, size_t count) {
   const struct mpi_link *link = context;
   struct kernels *k = link->k;
+  assert_true(together);
   if (world.rank == 0) k->send(k, lane, link->host, bytes, count);
   k->idle(k, lane, true);
   assert_int_equal(MPI_Bcast(link->host, (int)count, MPI_BYTE, 0, world.communicator), MPI_SUCCESS);
@@ -40,11 +63,35 @@ static void broadcast(void *context, struct lane *lane, void *bytes, size_t coun
 
 /* ---- items ---- */
 
+/* In steps, some of which send pieces where there is a link. Another world's steps send none. */
 static void work_a_while(struct kernels *k, struct stream *stream, data *x) {
+  const struct world other = {.size = world.size + 1};
   for (int i = 0; i < 20; i++) {
     k->accumulate(k, x, x, 64);
     stream_poll(stream);
+    assert_false(stream_ready(stream, &other));
+    if (i % 4 == 0) step(stream);
+    nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL); /* the reader gets on meanwhile */
   }
+}
+
+/* The first item's pieces of a megabyte, all but the last one, go by steps of the work. */
+static void check_pieces(struct kernels *k, struct stream *stream, struct memory *m) {
+  struct error error = {0};
+  int none = -1, sent = 0;
+  const void *bytes;
+  void *want = host(m, LARGEST, 1);
+  read_item(&none, 0, want, &error);
+  assert_false(stream_ready(stream, &world));
+  stream_start(stream, 0);
+  while (sent < (LARGEST >> 20) - 1) {
+    stream_poll(stream);
+    sent += step(stream);
+  }
+  assert_true(stream_ready(stream, &world));
+  if (next_item(stream, &bytes, &error)) fail_msg("%s", error.message);
+  assert_true(k->owns(k, bytes) && !stream_ready(stream, &world));
+  assert_memory_equal(fetched_bytes(m, bytes, LARGEST), want, LARGEST);
 }
 
 /* What was copied out of each item when it was there, looked at when all have passed. */
@@ -56,7 +103,7 @@ static void check_items(struct kernels *k, struct stream *stream, struct memory 
   stream_start(stream, 0);
   for (int item = 0; item < ITEMS; item++) {
     const void *bytes;
-    if (stream_next(stream, &bytes, &error)) fail_msg("%s", error.message);
+    if (next_item(stream, &bytes, &error)) fail_msg("%s", error.message);
     assert_true(k->owns(k, bytes));
     kept[item] = poisoned_bytes(m, sizes[item]);
     k->copy(k, kept[item], bytes, sizes[item]);
@@ -79,7 +126,7 @@ static void check_loading(struct kernels *k, struct stream *stream, struct memor
   void *from = host(m, LARGEST, 1);
   read_item(&none, 0, from, &error);
   stream_start(stream, 0);
-  if (stream_next(stream, &bytes, &error)) fail_msg("%s", error.message);
+  if (next_item(stream, &bytes, &error)) fail_msg("%s", error.message);
   for (enum dtype dtype = DTYPE_F32; dtype <= DTYPE_BF16; dtype++) {
     data *got = poisoned_data(m, count), *want = poisoned_data(m, count);
     k->load(k, got, (const char *)bytes + 64, dtype, count);
@@ -95,10 +142,10 @@ static void check_failure(struct stream *stream, int damaged) {
   const void *bytes;
   stream_start(stream, 0);
   for (int item = 0; item < damaged; item++) {
-    if (stream_next(stream, &bytes, &error)) fail_msg("%s", error.message);
+    if (next_item(stream, &bytes, &error)) fail_msg("%s", error.message);
     stream_release(stream);
   }
-  assert_int_equal(stream_next(stream, &bytes, &error), ERROR_INPUT);
+  assert_int_equal(next_item(stream, &bytes, &error), ERROR_INPUT);
 }
 
 static void check(struct kernels *k, const struct stream_link *link, int damaged,
@@ -131,6 +178,7 @@ static void items_come_whole(void **context) {
     for (int linked = 0; linked < 2; linked++) {
       check(k, linked ? &link : NULL, -1, check_items);
       check(k, linked ? &link : NULL, -1, check_loading);
+      if (linked) check(k, &link, -1, check_pieces);
       check(k, linked ? &link : NULL, 3, NULL);
     }
     k->release_host(k, through.host);

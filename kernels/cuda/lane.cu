@@ -1,7 +1,7 @@
 /* lane.cu: memory that copies need, and copies on streams of their own. */
 #include "cuda/device.h"
 
-/* What is left to what comes later than the large arrays: scratch memory, workspaces, NCCL's buffers, kernels as they are loaded. */
+/* What is left to what comes later than the large arrays: scratch memory, workspaces, kernels as they are loaded. */
 static const size_t RESERVE_BYTES = (size_t)1 << 30;
 
 static void *allocate_host(struct kernels *k, size_t bytes) {
