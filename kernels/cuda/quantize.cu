@@ -37,31 +37,77 @@ struct group {
   float f_hi, f_lo;
 };
 
-/* N values of a group from its element i on, scaled: (w * row) * column. */
-template <int N> DEVICE void group_values(float (&w)[N], const struct quantized &q, const struct group &group, int64_t i) {
-  load<N>(w, q.w + group.offset + i);
-  if (!q.row && !q.column) return;
-  float row = q.row ? q.row[group.row] : 1;
-  for (int n = 0; n < N; n++) w[n] = w[n] * row * (q.column ? q.column[group.column + i + n] : 1);
+/* A group's element i, scaled: (w * row) * column. */
+DEVICE float group_value(const struct quantized &q, const struct group &group, int64_t i) {
+  return to_float(q.w[group.offset + i]) * (q.row ? q.row[group.row] : 1) * (q.column ? q.column[group.column + i] : 1);
 }
 
-/* The elements that a thread of a team takes, N at a time: with ONCE it takes no more than those N, which stay in registers; else they are read
- * again in every pass, from the first level's cache. */
+/* What a thread of a team takes of a group: N elements at a time, one vector or, of more than eight, vectors that lie apart with those of the team's other
+ * threads between them. Behind the group's end they are 0, which changes neither its range nor any sum. With ONCE the N elements are all that it
+ * takes, and stay in registers; else they are read again in every pass, from the first level's cache. */
 template <int N, int TEAM, bool ONCE> struct walker {
+  enum { WIDTH = N < 8 ? N : 8, VECTORS = N / WIDTH, APART = TEAM * WIDTH };
   float w[N];
+  struct packed<WIDTH> beside[VECTORS]; /* what lies at the same place in another matrix */
+
   static DEVICE int64_t first() {
-    return team_lane<TEAM>() * N;
+    return team_lane<TEAM>() * WIDTH;
   }
   static DEVICE int64_t next(int64_t i, const struct group &group) {
     return ONCE ? group.length : i + TEAM * N;
   }
-  DEVICE void read(const struct quantized &q, const struct group &group, int64_t i) {
-    if (!ONCE) group_values<N>(w, q, group, i);
+
+  /* From the group's element i on. */
+  static DEVICE void load_apart(struct packed<WIDTH> (&to)[VECTORS], const bf16 *from, const struct group &group, int64_t i) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      to[v] = {};
+      if (i + v * APART < group.length) to[v] = *(const struct packed<WIDTH> *)(from + group.offset + i + v * APART);
+    }
+  }
+  static DEVICE void unpack_apart(float (&to)[N], const struct packed<WIDTH> (&from)[VECTORS]) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) unpack((float(&)[WIDTH])to[WIDTH * v], from[v]);
+  }
+  static DEVICE void store_apart(bf16 *to, const float (&from)[N], const struct group &group, int64_t i) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++)
+      if (i + v * APART < group.length) store<WIDTH>(to + group.offset + i + v * APART, (const float(&)[WIDTH])from[WIDTH * v]);
+  }
+
+  /* The columns' scales. */
+  static DEVICE void load_columns(float (&to)[N], const struct quantized &q, const struct group &group, int64_t i) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++)
+      if (i + v * APART < group.length) load<WIDTH>((float(&)[WIDTH])to[WIDTH * v], q.column + group.column + i + v * APART);
+  }
+
+  /* The values from i on, scaled: (w * row) * column; and what is beside them, where a matrix is named. All loads come first, to be under way
+   * together. */
+  DEVICE void read(const struct quantized &q, const struct group &group, int64_t i, const bf16 *other) {
+    struct packed<WIDTH> plain[VECTORS];
+    load_apart(plain, q.w, group, i);
+    if (other) load_apart(beside, other, group, i);
+    unpack_apart(w, plain);
+    if (q.row) {
+      float row = q.row[group.row];
+#pragma unroll
+      for (int n = 0; n < N; n++) w[n] *= row;
+    }
+    if (q.column) {
+      float column[N] = {};
+      load_columns(column, q, group, i);
+#pragma unroll
+      for (int n = 0; n < N; n++) w[n] *= column[n];
+    }
+  }
+  DEVICE void read_again(const struct quantized &q, const struct group &group, int64_t i, const bf16 *other) {
+    if (!ONCE) read(q, group, i, other);
   }
 };
 
 template <int N, int TEAM, bool ONCE>
-DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct walker<N, TEAM, ONCE> &walk) {
+DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct walker<N, TEAM, ONCE> &walk, const bf16 *beside) {
   struct group group = {0, 0, 0, 0, -INFINITY, INFINITY, 1, 1};
   if (index < q.groups) {
     group.row = index / q.per_row;
@@ -73,7 +119,8 @@ DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct
     if (q.f_lo) group.f_lo = q.f_lo[index];
   }
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
-    group_values<N>(walk.w, q, group, i);
+    walk.read(q, group, i, ONCE ? beside : NULL);
+#pragma unroll
     for (int n = 0; n < N; n++) {
       group.maximum = quantizer_max(walk.w[n], group.maximum);
       group.minimum = quantizer_min(walk.w[n], group.minimum);
@@ -90,14 +137,15 @@ DEVICE struct group_grid grid_of_group(const struct quantized &q, const struct g
 
 template <int N, int TEAM, bool ONCE> __global__ void quantize_forward_kernel(bf16 *w_hat, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
-  struct group group = find_group(q, (uint32_t)team_index<TEAM>(), walk);
+  struct group group = find_group(q, (uint32_t)team_index<TEAM>(), walk, NULL);
   struct group_grid grid = grid_of_group(q, group);
   float top = quantizer_top(&q.quantizer);
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
     float fake[N];
-    walk.read(q, group, i);
+    walk.read_again(q, group, i, NULL);
+#pragma unroll
     for (int n = 0; n < N; n++) fake[n] = quantizer_fake(walk.w[n], grid, top);
-    store<N>(w_hat + group.offset + i, fake);
+    walk.store_apart(w_hat, fake, group, i);
   }
 }
 
@@ -125,19 +173,23 @@ DEVICE float value_slope(float d, float w, const struct group_record &record, fl
 }
 
 template <int N, int TEAM, bool ONCE>
-__global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_hat, struct quantized q) {
+__global__ void __launch_bounds__(BLOCK_THREADS, ONCE ? 4 : 3)
+    quantize_backward_kernel(struct group_slopes to, const bf16 *dw_hat, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
   uint32_t index = (uint32_t)team_index<TEAM>();
-  struct group group = find_group(q, index, walk);
+  struct group group = find_group(q, index, walk, dw_hat);
   struct group_grid grid = grid_of_group(q, group);
   float top = quantizer_top(&q.quantizer), dscale = 0, d[N];
   int maxima = 0, minima = 0;
   bool values = to.dx || to.drow || to.record, leader = team_lane<TEAM>() == 0 && index < q.groups;
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
-    walk.read(q, group, i);
-    load<N>(d, dw_hat + group.offset + i);
+    walk.read_again(q, group, i, dw_hat);
+    walk.unpack_apart(d, walk.beside);
+#pragma unroll
+    for (int n = 0; n < N; n++) dscale += d[n] * quantizer_scale_slope(walk.w[n], grid, top);
+    if (!values) continue;
+#pragma unroll
     for (int n = 0; n < N; n++) {
-      dscale += d[n] * quantizer_scale_slope(walk.w[n], grid, top);
       maxima += walk.w[n] == group.maximum;
       minima += walk.w[n] == group.minimum;
     }
@@ -155,15 +207,21 @@ __global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_
   struct group_record record = {grid, group.maximum, group.minimum, dscale * slopes.high / (float)maxima,
                                 dscale * slopes.low / (float)minima};
   if (to.record && leader) to.record[index] = record;
-  float drow = 0, plain[N];
+  float drow = 0;
   for (int64_t i = walk.first(); i < group.length && (to.dx || to.drow); i = walk.next(i, group)) {
-    walk.read(q, group, i);
-    if (!ONCE) load<N>(d, dw_hat + group.offset + i);
+    walk.read_again(q, group, i, dw_hat);
+    walk.unpack_apart(d, walk.beside);
+#pragma unroll
     for (int n = 0; n < N; n++) d[n] = value_slope(d[n], walk.w[n], record, top);
-    if (to.dx) store<N>(to.dx + group.offset + i, d);
+    if (to.dx) walk.store_apart(to.dx, d, group, i);
     if (!to.drow) continue;
-    load<N>(plain, q.w + group.offset + i);
-    for (int n = 0; n < N; n++) drow += d[n] * plain[n] * (q.column ? q.column[group.column + i + n] : 1);
+    float plain[N], column[N] = {};
+    struct packed<walk.WIDTH> raw[walk.VECTORS];
+    walk.load_apart(raw, q.w, group, i);
+    walk.unpack_apart(plain, raw);
+    if (q.column) walk.load_columns(column, q, group, i);
+#pragma unroll
+    for (int n = 0; n < N; n++) drow += d[n] * plain[n] * (q.column ? column[n] : 1);
   }
   if (!to.drow) return;
   drow = team_sum<TEAM>(drow);
@@ -173,30 +231,34 @@ __global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_
 /* Runs the kernel with as many threads a group as suit it. Vectors of eight need groups that begin and end at multiples of eight. */
 #define LAUNCH_GROUPS(kernel, k, q, vectors, ...)                                                                                          \
   do {                                                                                                                                     \
-    enum { MOST = 1024 }; /* over it the whole block takes a group */                                                                      \
+    enum { WARP_MOST = 1024, HELD_MOST = 16 * BLOCK_THREADS }; /* over WARP_MOST the whole block takes a group */                          \
     int64_t size = (q).quantizer.group_size < (q).columns ? (q).quantizer.group_size : (q).columns, n = (q).groups;                        \
     if ((vectors) && size <= 16)                                                                                                           \
       launch(k, team_grid<2>(n), BLOCK_THREADS, 0, kernel<8, 2, true>, __VA_ARGS__);                                                       \
     else if ((vectors) && size <= 32)                                                                                                      \
-      launch(k, team_grid<4>(n), BLOCK_THREADS, 0, kernel<8, 4, true>, __VA_ARGS__);                                                       \
+      launch(k, team_grid<2>(n), BLOCK_THREADS, 0, kernel<16, 2, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 64)                                                                                                      \
-      launch(k, team_grid<8>(n), BLOCK_THREADS, 0, kernel<8, 8, true>, __VA_ARGS__);                                                       \
+      launch(k, team_grid<4>(n), BLOCK_THREADS, 0, kernel<16, 4, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 128)                                                                                                     \
-      launch(k, team_grid<16>(n), BLOCK_THREADS, 0, kernel<8, 16, true>, __VA_ARGS__);                                                     \
+      launch(k, team_grid<8>(n), BLOCK_THREADS, 0, kernel<16, 8, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 256)                                                                                                     \
-      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<8, WARP, true>, __VA_ARGS__);                                                 \
-    else if ((vectors) && size <= MOST)                                                                                                    \
-      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<8, WARP, false>, __VA_ARGS__);                                                \
+      launch(k, team_grid<16>(n), BLOCK_THREADS, 0, kernel<16, 16, true>, __VA_ARGS__);                                                    \
+    else if ((vectors) && size <= 512)                                                                                                     \
+      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<16, WARP, true>, __VA_ARGS__);                                                \
+    else if ((vectors) && size <= WARP_MOST)                                                                                               \
+      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<16, WARP, false>, __VA_ARGS__);                                               \
+    else if ((vectors) && size <= HELD_MOST)                                                                                               \
+      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<16, BLOCK_THREADS, true>, __VA_ARGS__);                              \
     else if (vectors)                                                                                                                      \
-      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<8, BLOCK_THREADS, false>, __VA_ARGS__);                              \
-    else if (size <= MOST)                                                                                                                 \
+      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<16, BLOCK_THREADS, false>, __VA_ARGS__);                             \
+    else if (size <= WARP_MOST)                                                                                                            \
       launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<1, WARP, false>, __VA_ARGS__);                                                \
     else                                                                                                                                   \
       launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<1, BLOCK_THREADS, false>, __VA_ARGS__);                              \
   } while (0)
 
 static bool in_eights(const struct quantized &q) {
-  return q.columns % 8 == 0 && (q.quantizer.group_size % 8 == 0 || q.quantizer.group_size >= q.columns);
+  return q.columns % 8 == 0 && (q.quantizer.group_size % 8 == 0 || q.quantizer.group_size >= q.columns) && aligned(q.column);
 }
 
 static void quantize_forward(struct kernels *k, data *w_hat, const data *w, const struct weight_scales *scales, const float *f_hi,
@@ -264,7 +326,7 @@ template <int N, int TEAM, bool ONCE>
 __global__ void quantize_grid_kernel(uint16_t *scale, uint8_t *zero_point, struct group_grid *grids, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
   uint32_t index = (uint32_t)team_index<TEAM>();
-  struct group group = find_group(q, index, walk);
+  struct group group = find_group(q, index, walk, NULL);
   struct group_grid grid = grid_of_group(q, group);
   if (index >= q.groups || team_lane<TEAM>() != 0) return;
   grids[index] = grid;

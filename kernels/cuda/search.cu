@@ -30,11 +30,11 @@ __global__ void clip_search_kernel(float *f_hi, float *f_lo, struct quantized q,
   int64_t row = index / q.per_row, column = (int64_t)(index % q.per_row) * q.quantizer.group_size, rest = q.columns - column;
   struct group group = {
       row * q.columns + column, row, column, q.quantizer.group_size < rest ? q.quantizer.group_size : rest, -INFINITY, INFINITY, 1, 1};
-  float w[1], maximum = -INFINITY, minimum = INFINITY, error = 0;
+  float maximum = -INFINITY, minimum = INFINITY, error = 0;
   for (int64_t i = thread; i < group.length; i += SEARCH_THREADS) {
-    group_values<1>(w, q, group, i);
-    maximum = quantizer_max(w[0], maximum);
-    minimum = quantizer_min(w[0], minimum);
+    float w = group_value(q, group, i);
+    maximum = quantizer_max(w, maximum);
+    minimum = quantizer_min(w, minimum);
   }
   maximum = team_largest<WARP>(maximum);
   minimum = team_least<WARP>(minimum);
@@ -52,8 +52,7 @@ __global__ void clip_search_kernel(float *f_hi, float *f_lo, struct quantized q,
     __syncthreads();
     for (int i = thread; i < count; i += SEARCH_THREADS) {
       float scale = q.column ? q.column[column + begin + i] : 1;
-      group_values<1>(w, q, group, begin + i);
-      values[i] = w[0];
+      values[i] = group_value(q, group, begin + i);
       weights[i] = importance[column + begin + i] / (scale * scale); /* what a scaled weight multiplies is scaled the other way */
     }
     __syncthreads();
