@@ -280,16 +280,22 @@ struct row_total_each {
   }
 };
 
-/* What one scaled weight gives to the gradient of its column's scale. */
+/* What scaled weights, of one group, give to the gradients of their columns' scales. */
 struct column_scale_slope {
   const bf16 *dw_hat;
   struct quantized q;
   const struct group_record *record;
   float top;
-  DEVICE float operator()(int64_t r, int64_t c) const {
-    float plain = to_float(q.w[r * q.columns + c]), row = q.row ? q.row[r] : 1, w = plain * row * (q.column ? q.column[c] : 1);
-    uint32_t g = (uint32_t)r * q.per_row + (uint32_t)c / (uint32_t)q.quantizer.group_size;
-    return value_slope(to_float(dw_hat[r * q.columns + c]), w, record[g], top) * plain * row;
+  template <int N> DEVICE void add(float (&sum)[N], int64_t r, int64_t c) const {
+    float d[N], plain[N], column[N], row = q.row ? q.row[r] : 1;
+    load<N>(d, dw_hat + r * q.columns + c);
+    load<N>(plain, q.w + r * q.columns + c);
+    if (q.column) load<N>(column, q.column + c);
+    const struct group_record group = record[(uint32_t)r * q.per_row + (uint32_t)c / (uint32_t)q.quantizer.group_size];
+    for (int n = 0; n < N; n++) {
+      plain[n] *= row;
+      sum[n] += value_slope(d[n], plain[n] * (q.column ? column[n] : 1), group, top) * plain[n];
+    }
   }
 };
 
@@ -304,12 +310,12 @@ static void quantize_backward(struct kernels *k, float *df_hi, float *df_lo, flo
   if (scaled && !scratch) return;
   struct group_record *record = dcolumn ? (struct group_record *)(scratch + room) : NULL;
   float *part = drow ? (float *)(scratch + room + records) : NULL;
+  bool vectors = in_eights(q) && aligned(dw_hat, w);
   if (df_hi || scaled)
-    LAUNCH_GROUPS(quantize_backward_kernel, k, q, in_eights(q) && aligned(dw_hat, w), group_slopes{df_hi, df_lo, NULL, part, record},
-                  elements(dw_hat), q);
+    LAUNCH_GROUPS(quantize_backward_kernel, k, q, vectors, group_slopes{df_hi, df_lo, NULL, part, record}, elements(dw_hat), q);
   if (drow) each(k, row_total_each{drow, part, q.per_row}, q.rows, false);
   if (dcolumn)
-    column_sum(k, dcolumn, column_scale_slope{elements(dw_hat), q, record, quantizer_top(&q.quantizer)}, q.rows, q.columns, false,
+    column_sum(k, dcolumn, column_scale_slope{elements(dw_hat), q, record, quantizer_top(&q.quantizer)}, q.rows, q.columns, vectors, false,
                (float *)scratch);
 }
 
