@@ -135,8 +135,9 @@ PORTABLE_FUNCTION struct end_slopes quantizer_range_slopes(const struct quantize
     share_high = high > -low ? 1.0f : high == -low ? 0.5f : 0.0f;
     share_low = 1 - share_high;
   }
-  slopes.high = share_high / quantizer_steps(q);
-  slopes.low = -share_low / quantizer_steps(q);
+  float step = 1 / quantizer_steps(q);
+  slopes.high = share_high * step;
+  slopes.low = -share_low * step;
   return slopes;
 }
 

@@ -8,6 +8,7 @@ struct quantized {
   const float *row, *column; /* scales; NULL: 1 */
   const float *f_hi, *f_lo;  /* NULL: 1 */
   int64_t rows, columns;
+  int64_t missing; /* that the last group of a row is short of */
   uint32_t groups, per_row;
   struct quantizer quantizer;
   bool at_rest;
@@ -22,6 +23,7 @@ static struct quantized quantized_of(const data *w, const struct weight_scales *
           f_lo,
           shape->rows,
           shape->columns,
+          groups_per_row(shape) * shape->quantizer.group_size - shape->columns,
           (uint32_t)groups_of(shape),
           (uint32_t)groups_per_row(shape),
           shape->quantizer,
@@ -30,16 +32,35 @@ static struct quantized quantized_of(const data *w, const struct weight_scales *
 
 /* One group of it. */
 struct group {
+  uint32_t index;
   int64_t offset; /* in the matrix */
-  int64_t row, column;
   int64_t length; /* 0: a team beyond the last group, which only takes part in reductions */
   float maximum, minimum;
   float f_hi, f_lo;
 };
 
-/* A group's element i, scaled: (w * row) * column. */
-DEVICE float group_value(const struct quantized &q, const struct group &group, int64_t i) {
-  return to_float(q.w[group.offset + i]) * (q.row ? q.row[group.row] : 1) * (q.column ? q.column[group.column + i] : 1);
+/* Where a group lies. Its row takes a division, which no one needs where all groups are full and nothing is scaled. */
+DEVICE struct group place_group(const struct quantized &q, uint32_t index) {
+  struct group group = {index, (int64_t)index * q.quantizer.group_size, q.quantizer.group_size, -INFINITY, INFINITY, 1, 1};
+  if (index >= q.groups) {
+    group.offset = group.length = 0;
+  } else if (q.missing) {
+    uint32_t row = index / q.per_row;
+    group.offset -= row * q.missing;
+    if (index == (row + 1) * q.per_row - 1) group.length -= q.missing;
+  }
+  return group;
+}
+
+/* The scales of a group's row, and of its columns from the first on. */
+struct group_scales {
+  float row;           /* 1 without */
+  const float *column; /* NULL without */
+};
+
+DEVICE struct group_scales scales_of(const struct quantized &q, const struct group &group) {
+  int64_t row = group.index / q.per_row;
+  return {q.row ? q.row[row] : 1, q.column ? q.column + group.offset - row * q.columns : NULL};
 }
 
 /* What a thread of a team takes of a group: N elements at a time, one vector or, of more than eight, vectors that lie apart with those of the team's other
@@ -75,11 +96,11 @@ template <int N, int TEAM, bool ONCE> struct walker {
       if (i + v * APART < group.length) store<WIDTH>(to + group.offset + i + v * APART, (const float(&)[WIDTH])from[WIDTH * v]);
   }
 
-  /* The columns' scales. */
-  static DEVICE void load_columns(float (&to)[N], const struct quantized &q, const struct group &group, int64_t i) {
+  /* A vector of the columns' scales, from the group's element i on; 1 without. */
+  static DEVICE void load_columns(float (&to)[WIDTH], const struct group_scales &scales, const struct group &group, int64_t i) {
 #pragma unroll
-    for (int v = 0; v < VECTORS; v++)
-      if (i + v * APART < group.length) load<WIDTH>((float(&)[WIDTH])to[WIDTH * v], q.column + group.column + i + v * APART);
+    for (int n = 0; n < WIDTH; n++) to[n] = 1;
+    if (scales.column && i < group.length) load<WIDTH>(to, scales.column + i);
   }
 
   /* The values from i on, scaled: (w * row) * column; and what is beside them, where a matrix is named. All loads come first, to be under way
@@ -89,16 +110,15 @@ template <int N, int TEAM, bool ONCE> struct walker {
     load_apart(plain, q.w, group, i);
     if (other) load_apart(beside, other, group, i);
     unpack_apart(w, plain);
-    if (q.row) {
-      float row = q.row[group.row];
+    if (q.row || q.column) {
+      struct group_scales scales = scales_of(q, group);
 #pragma unroll
-      for (int n = 0; n < N; n++) w[n] *= row;
-    }
-    if (q.column) {
-      float column[N] = {};
-      load_columns(column, q, group, i);
+      for (int v = 0; v < VECTORS; v++) {
+        float column[WIDTH];
+        load_columns(column, scales, group, i + v * APART);
 #pragma unroll
-      for (int n = 0; n < N; n++) w[n] *= column[n];
+        for (int n = 0; n < WIDTH; n++) w[v * WIDTH + n] = w[v * WIDTH + n] * scales.row * column[n];
+      }
     }
   }
   DEVICE void read_again(const struct quantized &q, const struct group &group, int64_t i, const bf16 *other) {
@@ -108,16 +128,9 @@ template <int N, int TEAM, bool ONCE> struct walker {
 
 template <int N, int TEAM, bool ONCE>
 DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct walker<N, TEAM, ONCE> &walk, const bf16 *beside) {
-  struct group group = {0, 0, 0, 0, -INFINITY, INFINITY, 1, 1};
-  if (index < q.groups) {
-    group.row = index / q.per_row;
-    group.column = (int64_t)(index % q.per_row) * q.quantizer.group_size;
-    group.offset = group.row * q.columns + group.column;
-    int64_t rest = q.columns - group.column;
-    group.length = q.quantizer.group_size < rest ? q.quantizer.group_size : rest;
-    if (q.f_hi) group.f_hi = q.f_hi[index];
-    if (q.f_lo) group.f_lo = q.f_lo[index];
-  }
+  struct group group = place_group(q, index);
+  if (q.f_hi && index < q.groups) group.f_hi = q.f_hi[index];
+  if (q.f_lo && index < q.groups) group.f_lo = q.f_lo[index];
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
     walk.read(q, group, i, ONCE ? beside : NULL);
 #pragma unroll
@@ -135,7 +148,8 @@ DEVICE struct group_grid grid_of_group(const struct quantized &q, const struct g
   return quantizer_grid(&q.quantizer, quantizer_high(group.f_hi, group.maximum), quantizer_low(group.f_lo, group.minimum), q.at_rest);
 }
 
-template <int N, int TEAM, bool ONCE> __global__ void quantize_forward_kernel(bf16 *w_hat, struct quantized q) {
+template <int N, int TEAM, bool ONCE>
+__global__ void __launch_bounds__(BLOCK_THREADS, ONCE ? 6 : 5) quantize_forward_kernel(bf16 *w_hat, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
   struct group group = find_group(q, (uint32_t)team_index<TEAM>(), walk, NULL);
   struct group_grid grid = grid_of_group(q, group);
@@ -215,13 +229,18 @@ __global__ void __launch_bounds__(BLOCK_THREADS, ONCE ? 4 : 3)
     for (int n = 0; n < N; n++) d[n] = value_slope(d[n], walk.w[n], record, top);
     if (to.dx) walk.store_apart(to.dx, d, group, i);
     if (!to.drow) continue;
-    float plain[N], column[N] = {};
+    float plain[N];
     struct packed<walk.WIDTH> raw[walk.VECTORS];
+    struct group_scales scales = scales_of(q, group);
     walk.load_apart(raw, q.w, group, i);
     walk.unpack_apart(plain, raw);
-    if (q.column) walk.load_columns(column, q, group, i);
 #pragma unroll
-    for (int n = 0; n < N; n++) drow += d[n] * plain[n] * (q.column ? column[n] : 1);
+    for (int v = 0; v < walk.VECTORS; v++) {
+      float column[walk.WIDTH];
+      walk.load_columns(column, scales, group, i + v * walk.APART);
+#pragma unroll
+      for (int n = 0; n < walk.WIDTH; n++) drow += d[v * walk.WIDTH + n] * plain[v * walk.WIDTH + n] * column[n];
+    }
   }
   if (!to.drow) return;
   drow = team_sum<TEAM>(drow);
