@@ -467,9 +467,9 @@ static float *random_between(struct memory *m, uint64_t *state, int64_t count, d
 }
 
 static const struct quantized_shape quantized_shapes[] = {
-    {6, 96, {3, false, 32}},    {5, 131, {2, false, 40}},  {3, 64, {4, true, 16}},    {4, 200, {8, false, 64}},
-    {3, 256, {3, false, 128}},  {2, 300, {5, true, 300}},  {2, 520, {4, false, 512}}, {2, 1288, {3, false, 1288}},
-    {2, 1111, {6, true, 1111}}, {3, 512, {4, false, 256}}, {70, 24, {4, false, 24}},  {1, 7, {4, true, 3}}};
+    {6, 96, {3, false, 32}},  {5, 131, {2, false, 40}},  {3, 64, {4, true, 16}},      {4, 200, {8, false, 64}},   {3, 256, {3, false, 128}},
+    {2, 300, {5, true, 300}}, {2, 520, {4, false, 512}}, {2, 1288, {3, false, 1288}}, {2, 1111, {6, true, 1111}}, {3, 512, {4, false, 256}},
+    {70, 24, {4, false, 24}}, {1, 7, {4, true, 3}},      {3, 640, {3, false, 640}},   {2, 4104, {4, false, 4104}}};
 
 static void quantizer_of_weights(void **context) {
   (void)context;

@@ -1,6 +1,6 @@
 /* test_quantizer.c: the quantizer at every CPU level, with 1 and 2 threads: against the fixtures (codes and zero points equal), the OmniQuant
  * authors' own vectors, and an independent model in double whose central differences give the gradients of the factors, of LET's scales and
- * of activations. What is stored dequantizes to quantize_forward at rest bit for bit, and scales applied on the fly give the bits of a
+ * of activations. Its quotient without a division has a division's bits. What is stored dequantizes to quantize_forward at rest bit for bit, and scales applied on the fly give the bits of a
  * weight that was scaled before. The search for clipping factors finds the best pair of its grid. */
 #include "compare.h"
 #include "dequantize.h"
@@ -938,8 +938,30 @@ static void search_without_importance_changes_nothing(void **context) {
   memory_free(&m);
 }
 
+static void check_quotient(float w, struct group_grid grid) {
+  float got = quantizer_quotient(w, grid), want = w / grid.scale;
+  if (got != want) fail_msg("%a / %a is %a, not %a", w, grid.scale, want, got);
+}
+
+/* What a GPU computes in place of a division: of values of 8 and of 24 bits, and of those at the ends. */
+static void quotients_are_those_of_a_division(void **state) {
+  (void)state;
+  const float ends[] = {0, INFINITY, -INFINITY, 0x1p-126f, FLT_MAX};
+  uint32_t random = 1;
+  for (int i = 0; i < 100000; i++) {
+    random = random * 1664525u + 1013904223u;
+    struct group_grid grid = {.scale = float_from_bits(0x3c000000u | random >> 9)};
+    grid.inverse = 1 / grid.scale;
+    check_quotient(bf16_to_float((uint16_t)(0x3f80 + i % 128)), grid);
+    check_quotient(float_from_bits(0x3f800000u | (random * 2654435769u) >> 9), grid);
+    for (size_t n = 0; i % 1000 == 0 && n < sizeof ends / sizeof *ends; n++) check_quotient(ends[n], grid);
+  }
+  assert_true(isnan(quantizer_quotient(NAN, (struct group_grid){1, 1, 0})));
+}
+
 int main(void) {
   const struct CMUnitTest tests[] = {
+      cmocka_unit_test(quotients_are_those_of_a_division),
       cmocka_unit_test(fixtures_are_met),
       cmocka_unit_test(reference_vectors_are_met),
       cmocka_unit_test(gradients_are_those_of_a_soft_model),

@@ -207,16 +207,21 @@ DEVICE bf16 to_bf16(float x) {
   return {(uint16_t)pack_bf16(x, 0)};
 }
 
-/* N elements: one, or eight by loads of 16 bytes, for which their address has to be a multiple of 16. */
-template <int N> DEVICE void load(float (&to)[N], const bf16 *from) {
-  if constexpr (N == 8) {
-    uint4 raw = *(const uint4 *)from;
-    uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+/* N elements as they lie in memory: one, or eight, whose address has to be a multiple of 16. */
+template <int N> struct packed { bf16 at; };
+template <> struct packed<8> { uint4 at; };
+
+DEVICE void unpack(float (&to)[1], const struct packed<1> &from) {
+  to[0] = to_float(from.at);
+}
+DEVICE void unpack(float (&to)[8], const struct packed<8> &from) {
+  uint32_t word[4] = {from.at.x, from.at.y, from.at.z, from.at.w};
 #pragma unroll
-    for (int i = 0; i < 8; i++) to[i] = float_from_bits(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
-  } else {
-    to[0] = to_float(*from);
-  }
+  for (int i = 0; i < 8; i++) to[i] = float_from_bits(i % 2 ? word[i / 2] & 0xffff0000u : word[i / 2] << 16);
+}
+
+template <int N> DEVICE void load(float (&to)[N], const bf16 *from) {
+  unpack(to, *(const struct packed<N> *)from);
 }
 
 template <int N> DEVICE void load(float (&to)[N], const float *from) {

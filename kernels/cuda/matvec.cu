@@ -25,5 +25,6 @@ static void matrix_vector(struct kernels *k, float *y, const data *w, const floa
 static void vector_matrix(struct kernels *k, float *y, const float *x, const data *w, int64_t rows, int64_t columns) {
   timed timer(k, "vector_matrix", 2.0 * (double)(rows * columns));
   float *partial = (float *)cuda_scratch(k, column_room(columns));
-  if (partial) column_sum(k, y, weighted_value{elements(w), x, columns}, rows, columns, true, partial);
+  bool vectors = columns % 8 == 0 && aligned(w);
+  if (partial) column_sum(k, y, weighted_value{elements(w), x, columns}, rows, columns, vectors, true, partial);
 }

@@ -90,8 +90,12 @@ struct norm_weight_slope {
   const bf16 *dy, *x;
   const struct row_norm *norms;
   int64_t columns;
-  DEVICE float operator()(int64_t r, int64_t c) const {
-    return to_float(dy[r * columns + c]) * ((to_float(x[r * columns + c]) - norms[r].mean) * norms[r].inverse);
+  template <int N> DEVICE void add(float (&sum)[N], int64_t r, int64_t c) const {
+    float d[N], v[N];
+    load<N>(d, dy + r * columns + c);
+    load<N>(v, x + r * columns + c);
+    struct row_norm norm = norms[r];
+    for (int n = 0; n < N; n++) sum[n] += d[n] * ((v[n] - norm.mean) * norm.inverse);
   }
 };
 
@@ -123,8 +127,8 @@ static void norm_backward(struct kernels *k, data *dx, float *dw, float *db, con
   if (dw) {
     struct row_norm *norms = (struct row_norm *)(scratch + room);
     LAUNCH_ROWS(row_norm_kernel, k, shape, vectors, norms, elements(x), *shape);
-    column_sum(k, dw, norm_weight_slope{elements(dy), elements(x), norms, columns}, rows, columns, false, (float *)scratch);
+    column_sum(k, dw, norm_weight_slope{elements(dy), elements(x), norms, columns}, rows, columns, vectors, false, (float *)scratch);
   }
-  if (db) column_sum(k, db, weighted_value{elements(dy), NULL, columns}, rows, columns, false, (float *)scratch);
+  if (db) column_sum(k, db, weighted_value{elements(dy), NULL, columns}, rows, columns, vectors, false, (float *)scratch);
   if (dx) LAUNCH_ROWS(norm_backward_kernel, k, shape, vectors, elements(dx), elements(dy), elements(x), elements(w), *shape, add);
 }

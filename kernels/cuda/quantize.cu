@@ -8,6 +8,7 @@ struct quantized {
   const float *row, *column; /* scales; NULL: 1 */
   const float *f_hi, *f_lo;  /* NULL: 1 */
   int64_t rows, columns;
+  int64_t missing; /* that the last group of a row is short of */
   uint32_t groups, per_row;
   struct quantizer quantizer;
   bool at_rest;
@@ -22,6 +23,7 @@ static struct quantized quantized_of(const data *w, const struct weight_scales *
           f_lo,
           shape->rows,
           shape->columns,
+          groups_per_row(shape) * shape->quantizer.group_size - shape->columns,
           (uint32_t)groups_of(shape),
           (uint32_t)groups_per_row(shape),
           shape->quantizer,
@@ -30,50 +32,108 @@ static struct quantized quantized_of(const data *w, const struct weight_scales *
 
 /* One group of it. */
 struct group {
+  uint32_t index;
   int64_t offset; /* in the matrix */
-  int64_t row, column;
   int64_t length; /* 0: a team beyond the last group, which only takes part in reductions */
   float maximum, minimum;
   float f_hi, f_lo;
 };
 
-/* N values of a group from its element i on, scaled: (w * row) * column. */
-template <int N> DEVICE void group_values(float (&w)[N], const struct quantized &q, const struct group &group, int64_t i) {
-  load<N>(w, q.w + group.offset + i);
-  if (!q.row && !q.column) return;
-  float row = q.row ? q.row[group.row] : 1;
-  for (int n = 0; n < N; n++) w[n] = w[n] * row * (q.column ? q.column[group.column + i + n] : 1);
+/* Where a group lies. Its row takes a division, which no one needs where all groups are full and nothing is scaled. */
+DEVICE struct group place_group(const struct quantized &q, uint32_t index) {
+  struct group group = {index, (int64_t)index * q.quantizer.group_size, q.quantizer.group_size, -INFINITY, INFINITY, 1, 1};
+  if (index >= q.groups) {
+    group.offset = group.length = 0;
+  } else if (q.missing) {
+    uint32_t row = index / q.per_row;
+    group.offset -= row * q.missing;
+    if (index == (row + 1) * q.per_row - 1) group.length -= q.missing;
+  }
+  return group;
 }
 
-/* The elements that a thread of a team takes, N at a time: with ONCE it takes no more than those N, which stay in registers; else they are read
- * again in every pass, from the first level's cache. */
+/* The scales of a group's row, and of its columns from the first on. */
+struct group_scales {
+  float row;           /* 1 without */
+  const float *column; /* NULL without */
+};
+
+DEVICE struct group_scales scales_of(const struct quantized &q, const struct group &group) {
+  int64_t row = group.index / q.per_row;
+  return {q.row ? q.row[row] : 1, q.column ? q.column + group.offset - row * q.columns : NULL};
+}
+
+/* What a thread of a team takes of a group: N elements at a time, one vector or, of more than eight, vectors that lie apart with those of the team's other
+ * threads between them. Behind the group's end they are 0, which changes neither its range nor any sum. With ONCE the N elements are all that it
+ * takes, and stay in registers; else they are read again in every pass, from the first level's cache. */
 template <int N, int TEAM, bool ONCE> struct walker {
+  enum { WIDTH = N < 8 ? N : 8, VECTORS = N / WIDTH, APART = TEAM * WIDTH };
   float w[N];
+  struct packed<WIDTH> beside[VECTORS]; /* what lies at the same place in another matrix */
+
   static DEVICE int64_t first() {
-    return team_lane<TEAM>() * N;
+    return team_lane<TEAM>() * WIDTH;
   }
   static DEVICE int64_t next(int64_t i, const struct group &group) {
     return ONCE ? group.length : i + TEAM * N;
   }
-  DEVICE void read(const struct quantized &q, const struct group &group, int64_t i) {
-    if (!ONCE) group_values<N>(w, q, group, i);
+
+  /* From the group's element i on. */
+  static DEVICE void load_apart(struct packed<WIDTH> (&to)[VECTORS], const bf16 *from, const struct group &group, int64_t i) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) {
+      to[v] = {};
+      if (i + v * APART < group.length) to[v] = *(const struct packed<WIDTH> *)(from + group.offset + i + v * APART);
+    }
+  }
+  static DEVICE void unpack_apart(float (&to)[N], const struct packed<WIDTH> (&from)[VECTORS]) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++) unpack((float(&)[WIDTH])to[WIDTH * v], from[v]);
+  }
+  static DEVICE void store_apart(bf16 *to, const float (&from)[N], const struct group &group, int64_t i) {
+#pragma unroll
+    for (int v = 0; v < VECTORS; v++)
+      if (i + v * APART < group.length) store<WIDTH>(to + group.offset + i + v * APART, (const float(&)[WIDTH])from[WIDTH * v]);
+  }
+
+  /* A vector of the columns' scales, from the group's element i on; 1 without. */
+  static DEVICE void load_columns(float (&to)[WIDTH], const struct group_scales &scales, const struct group &group, int64_t i) {
+#pragma unroll
+    for (int n = 0; n < WIDTH; n++) to[n] = 1;
+    if (scales.column && i < group.length) load<WIDTH>(to, scales.column + i);
+  }
+
+  /* The values from i on, scaled: (w * row) * column; and what is beside them, where a matrix is named. All loads come first, to be under way
+   * together. */
+  DEVICE void read(const struct quantized &q, const struct group &group, int64_t i, const bf16 *other) {
+    struct packed<WIDTH> plain[VECTORS];
+    load_apart(plain, q.w, group, i);
+    if (other) load_apart(beside, other, group, i);
+    unpack_apart(w, plain);
+    if (q.row || q.column) {
+      struct group_scales scales = scales_of(q, group);
+#pragma unroll
+      for (int v = 0; v < VECTORS; v++) {
+        float column[WIDTH];
+        load_columns(column, scales, group, i + v * APART);
+#pragma unroll
+        for (int n = 0; n < WIDTH; n++) w[v * WIDTH + n] = w[v * WIDTH + n] * scales.row * column[n];
+      }
+    }
+  }
+  DEVICE void read_again(const struct quantized &q, const struct group &group, int64_t i, const bf16 *other) {
+    if (!ONCE) read(q, group, i, other);
   }
 };
 
 template <int N, int TEAM, bool ONCE>
-DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct walker<N, TEAM, ONCE> &walk) {
-  struct group group = {0, 0, 0, 0, -INFINITY, INFINITY, 1, 1};
-  if (index < q.groups) {
-    group.row = index / q.per_row;
-    group.column = (int64_t)(index % q.per_row) * q.quantizer.group_size;
-    group.offset = group.row * q.columns + group.column;
-    int64_t rest = q.columns - group.column;
-    group.length = q.quantizer.group_size < rest ? q.quantizer.group_size : rest;
-    if (q.f_hi) group.f_hi = q.f_hi[index];
-    if (q.f_lo) group.f_lo = q.f_lo[index];
-  }
+DEVICE struct group find_group(const struct quantized &q, uint32_t index, struct walker<N, TEAM, ONCE> &walk, const bf16 *beside) {
+  struct group group = place_group(q, index);
+  if (q.f_hi && index < q.groups) group.f_hi = q.f_hi[index];
+  if (q.f_lo && index < q.groups) group.f_lo = q.f_lo[index];
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
-    group_values<N>(walk.w, q, group, i);
+    walk.read(q, group, i, ONCE ? beside : NULL);
+#pragma unroll
     for (int n = 0; n < N; n++) {
       group.maximum = quantizer_max(walk.w[n], group.maximum);
       group.minimum = quantizer_min(walk.w[n], group.minimum);
@@ -88,16 +148,18 @@ DEVICE struct group_grid grid_of_group(const struct quantized &q, const struct g
   return quantizer_grid(&q.quantizer, quantizer_high(group.f_hi, group.maximum), quantizer_low(group.f_lo, group.minimum), q.at_rest);
 }
 
-template <int N, int TEAM, bool ONCE> __global__ void quantize_forward_kernel(bf16 *w_hat, struct quantized q) {
+template <int N, int TEAM, bool ONCE>
+__global__ void __launch_bounds__(BLOCK_THREADS, ONCE ? 6 : 5) quantize_forward_kernel(bf16 *w_hat, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
-  struct group group = find_group(q, (uint32_t)team_index<TEAM>(), walk);
+  struct group group = find_group(q, (uint32_t)team_index<TEAM>(), walk, NULL);
   struct group_grid grid = grid_of_group(q, group);
   float top = quantizer_top(&q.quantizer);
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
     float fake[N];
-    walk.read(q, group, i);
+    walk.read_again(q, group, i, NULL);
+#pragma unroll
     for (int n = 0; n < N; n++) fake[n] = quantizer_fake(walk.w[n], grid, top);
-    store<N>(w_hat + group.offset + i, fake);
+    walk.store_apart(w_hat, fake, group, i);
   }
 }
 
@@ -125,19 +187,23 @@ DEVICE float value_slope(float d, float w, const struct group_record &record, fl
 }
 
 template <int N, int TEAM, bool ONCE>
-__global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_hat, struct quantized q) {
+__global__ void __launch_bounds__(BLOCK_THREADS, ONCE ? 4 : 3)
+    quantize_backward_kernel(struct group_slopes to, const bf16 *dw_hat, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
   uint32_t index = (uint32_t)team_index<TEAM>();
-  struct group group = find_group(q, index, walk);
+  struct group group = find_group(q, index, walk, dw_hat);
   struct group_grid grid = grid_of_group(q, group);
   float top = quantizer_top(&q.quantizer), dscale = 0, d[N];
   int maxima = 0, minima = 0;
   bool values = to.dx || to.drow || to.record, leader = team_lane<TEAM>() == 0 && index < q.groups;
   for (int64_t i = walk.first(); i < group.length; i = walk.next(i, group)) {
-    walk.read(q, group, i);
-    load<N>(d, dw_hat + group.offset + i);
+    walk.read_again(q, group, i, dw_hat);
+    walk.unpack_apart(d, walk.beside);
+#pragma unroll
+    for (int n = 0; n < N; n++) dscale += d[n] * quantizer_scale_slope(walk.w[n], grid, top);
+    if (!values) continue;
+#pragma unroll
     for (int n = 0; n < N; n++) {
-      dscale += d[n] * quantizer_scale_slope(walk.w[n], grid, top);
       maxima += walk.w[n] == group.maximum;
       minima += walk.w[n] == group.minimum;
     }
@@ -155,15 +221,26 @@ __global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_
   struct group_record record = {grid, group.maximum, group.minimum, dscale * slopes.high / (float)maxima,
                                 dscale * slopes.low / (float)minima};
   if (to.record && leader) to.record[index] = record;
-  float drow = 0, plain[N];
+  float drow = 0;
   for (int64_t i = walk.first(); i < group.length && (to.dx || to.drow); i = walk.next(i, group)) {
-    walk.read(q, group, i);
-    if (!ONCE) load<N>(d, dw_hat + group.offset + i);
+    walk.read_again(q, group, i, dw_hat);
+    walk.unpack_apart(d, walk.beside);
+#pragma unroll
     for (int n = 0; n < N; n++) d[n] = value_slope(d[n], walk.w[n], record, top);
-    if (to.dx) store<N>(to.dx + group.offset + i, d);
+    if (to.dx) walk.store_apart(to.dx, d, group, i);
     if (!to.drow) continue;
-    load<N>(plain, q.w + group.offset + i);
-    for (int n = 0; n < N; n++) drow += d[n] * plain[n] * (q.column ? q.column[group.column + i + n] : 1);
+    float plain[N];
+    struct packed<walk.WIDTH> raw[walk.VECTORS];
+    struct group_scales scales = scales_of(q, group);
+    walk.load_apart(raw, q.w, group, i);
+    walk.unpack_apart(plain, raw);
+#pragma unroll
+    for (int v = 0; v < walk.VECTORS; v++) {
+      float column[walk.WIDTH];
+      walk.load_columns(column, scales, group, i + v * walk.APART);
+#pragma unroll
+      for (int n = 0; n < walk.WIDTH; n++) drow += d[v * walk.WIDTH + n] * plain[v * walk.WIDTH + n] * column[n];
+    }
   }
   if (!to.drow) return;
   drow = team_sum<TEAM>(drow);
@@ -173,30 +250,34 @@ __global__ void quantize_backward_kernel(struct group_slopes to, const bf16 *dw_
 /* Runs the kernel with as many threads a group as suit it. Vectors of eight need groups that begin and end at multiples of eight. */
 #define LAUNCH_GROUPS(kernel, k, q, vectors, ...)                                                                                          \
   do {                                                                                                                                     \
-    enum { MOST = 1024 }; /* over it the whole block takes a group */                                                                      \
+    enum { WARP_MOST = 1024, HELD_MOST = 16 * BLOCK_THREADS }; /* over WARP_MOST the whole block takes a group */                          \
     int64_t size = (q).quantizer.group_size < (q).columns ? (q).quantizer.group_size : (q).columns, n = (q).groups;                        \
     if ((vectors) && size <= 16)                                                                                                           \
       launch(k, team_grid<2>(n), BLOCK_THREADS, 0, kernel<8, 2, true>, __VA_ARGS__);                                                       \
     else if ((vectors) && size <= 32)                                                                                                      \
-      launch(k, team_grid<4>(n), BLOCK_THREADS, 0, kernel<8, 4, true>, __VA_ARGS__);                                                       \
+      launch(k, team_grid<2>(n), BLOCK_THREADS, 0, kernel<16, 2, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 64)                                                                                                      \
-      launch(k, team_grid<8>(n), BLOCK_THREADS, 0, kernel<8, 8, true>, __VA_ARGS__);                                                       \
+      launch(k, team_grid<4>(n), BLOCK_THREADS, 0, kernel<16, 4, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 128)                                                                                                     \
-      launch(k, team_grid<16>(n), BLOCK_THREADS, 0, kernel<8, 16, true>, __VA_ARGS__);                                                     \
+      launch(k, team_grid<8>(n), BLOCK_THREADS, 0, kernel<16, 8, true>, __VA_ARGS__);                                                      \
     else if ((vectors) && size <= 256)                                                                                                     \
-      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<8, WARP, true>, __VA_ARGS__);                                                 \
-    else if ((vectors) && size <= MOST)                                                                                                    \
-      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<8, WARP, false>, __VA_ARGS__);                                                \
+      launch(k, team_grid<16>(n), BLOCK_THREADS, 0, kernel<16, 16, true>, __VA_ARGS__);                                                    \
+    else if ((vectors) && size <= 512)                                                                                                     \
+      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<16, WARP, true>, __VA_ARGS__);                                                \
+    else if ((vectors) && size <= WARP_MOST)                                                                                               \
+      launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<16, WARP, false>, __VA_ARGS__);                                               \
+    else if ((vectors) && size <= HELD_MOST)                                                                                               \
+      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<16, BLOCK_THREADS, true>, __VA_ARGS__);                              \
     else if (vectors)                                                                                                                      \
-      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<8, BLOCK_THREADS, false>, __VA_ARGS__);                              \
-    else if (size <= MOST)                                                                                                                 \
+      launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<16, BLOCK_THREADS, false>, __VA_ARGS__);                             \
+    else if (size <= WARP_MOST)                                                                                                            \
       launch(k, team_grid<WARP>(n), BLOCK_THREADS, 0, kernel<1, WARP, false>, __VA_ARGS__);                                                \
     else                                                                                                                                   \
       launch(k, team_grid<BLOCK_THREADS>(n), BLOCK_THREADS, 0, kernel<1, BLOCK_THREADS, false>, __VA_ARGS__);                              \
   } while (0)
 
 static bool in_eights(const struct quantized &q) {
-  return q.columns % 8 == 0 && (q.quantizer.group_size % 8 == 0 || q.quantizer.group_size >= q.columns);
+  return q.columns % 8 == 0 && (q.quantizer.group_size % 8 == 0 || q.quantizer.group_size >= q.columns) && aligned(q.column);
 }
 
 static void quantize_forward(struct kernels *k, data *w_hat, const data *w, const struct weight_scales *scales, const float *f_hi,
@@ -218,16 +299,22 @@ struct row_total_each {
   }
 };
 
-/* What one scaled weight gives to the gradient of its column's scale. */
+/* What scaled weights, of one group, give to the gradients of their columns' scales. */
 struct column_scale_slope {
   const bf16 *dw_hat;
   struct quantized q;
   const struct group_record *record;
   float top;
-  DEVICE float operator()(int64_t r, int64_t c) const {
-    float plain = to_float(q.w[r * q.columns + c]), row = q.row ? q.row[r] : 1, w = plain * row * (q.column ? q.column[c] : 1);
-    uint32_t g = (uint32_t)r * q.per_row + (uint32_t)c / (uint32_t)q.quantizer.group_size;
-    return value_slope(to_float(dw_hat[r * q.columns + c]), w, record[g], top) * plain * row;
+  template <int N> DEVICE void add(float (&sum)[N], int64_t r, int64_t c) const {
+    float d[N], plain[N], column[N], row = q.row ? q.row[r] : 1;
+    load<N>(d, dw_hat + r * q.columns + c);
+    load<N>(plain, q.w + r * q.columns + c);
+    if (q.column) load<N>(column, q.column + c);
+    const struct group_record group = record[(uint32_t)r * q.per_row + (uint32_t)c / (uint32_t)q.quantizer.group_size];
+    for (int n = 0; n < N; n++) {
+      plain[n] *= row;
+      sum[n] += value_slope(d[n], plain[n] * (q.column ? column[n] : 1), group, top) * plain[n];
+    }
   }
 };
 
@@ -242,12 +329,12 @@ static void quantize_backward(struct kernels *k, float *df_hi, float *df_lo, flo
   if (scaled && !scratch) return;
   struct group_record *record = dcolumn ? (struct group_record *)(scratch + room) : NULL;
   float *part = drow ? (float *)(scratch + room + records) : NULL;
+  bool vectors = in_eights(q) && aligned(dw_hat, w);
   if (df_hi || scaled)
-    LAUNCH_GROUPS(quantize_backward_kernel, k, q, in_eights(q) && aligned(dw_hat, w), group_slopes{df_hi, df_lo, NULL, part, record},
-                  elements(dw_hat), q);
+    LAUNCH_GROUPS(quantize_backward_kernel, k, q, vectors, group_slopes{df_hi, df_lo, NULL, part, record}, elements(dw_hat), q);
   if (drow) each(k, row_total_each{drow, part, q.per_row}, q.rows, false);
   if (dcolumn)
-    column_sum(k, dcolumn, column_scale_slope{elements(dw_hat), q, record, quantizer_top(&q.quantizer)}, q.rows, q.columns, false,
+    column_sum(k, dcolumn, column_scale_slope{elements(dw_hat), q, record, quantizer_top(&q.quantizer)}, q.rows, q.columns, vectors, false,
                (float *)scratch);
 }
 
@@ -264,7 +351,7 @@ template <int N, int TEAM, bool ONCE>
 __global__ void quantize_grid_kernel(uint16_t *scale, uint8_t *zero_point, struct group_grid *grids, struct quantized q) {
   struct walker<N, TEAM, ONCE> walk;
   uint32_t index = (uint32_t)team_index<TEAM>();
-  struct group group = find_group(q, index, walk);
+  struct group group = find_group(q, index, walk, NULL);
   struct group_grid grid = grid_of_group(q, group);
   if (index >= q.groups || team_lane<TEAM>() != 0) return;
   grids[index] = grid;

@@ -27,14 +27,14 @@ __global__ void clip_search_kernel(float *f_hi, float *f_lo, struct quantized q,
   __shared__ float values[SEARCH_PIECE], weights[SEARCH_PIECE], errors[SEARCH_THREADS], ends[2][SEARCH_THREADS / WARP];
   uint32_t index = (uint32_t)(first + blockIdx.x);
   int thread = (int)threadIdx.x;
-  int64_t row = index / q.per_row, column = (int64_t)(index % q.per_row) * q.quantizer.group_size, rest = q.columns - column;
-  struct group group = {
-      row * q.columns + column, row, column, q.quantizer.group_size < rest ? q.quantizer.group_size : rest, -INFINITY, INFINITY, 1, 1};
-  float w[1], maximum = -INFINITY, minimum = INFINITY, error = 0;
+  struct group group = place_group(q, index);
+  struct group_scales scales = scales_of(q, group);
+  importance += group.offset - index / q.per_row * q.columns;
+  float maximum = -INFINITY, minimum = INFINITY, error = 0;
   for (int64_t i = thread; i < group.length; i += SEARCH_THREADS) {
-    group_values<1>(w, q, group, i);
-    maximum = quantizer_max(w[0], maximum);
-    minimum = quantizer_min(w[0], minimum);
+    float w = to_float(q.w[group.offset + i]) * scales.row * (scales.column ? scales.column[i] : 1);
+    maximum = quantizer_max(w, maximum);
+    minimum = quantizer_min(w, minimum);
   }
   maximum = team_largest<WARP>(maximum);
   minimum = team_least<WARP>(minimum);
@@ -51,10 +51,9 @@ __global__ void clip_search_kernel(float *f_hi, float *f_lo, struct quantized q,
     int count = group.length - begin < SEARCH_PIECE ? (int)(group.length - begin) : (int)SEARCH_PIECE;
     __syncthreads();
     for (int i = thread; i < count; i += SEARCH_THREADS) {
-      float scale = q.column ? q.column[column + begin + i] : 1;
-      group_values<1>(w, q, group, begin + i);
-      values[i] = w[0];
-      weights[i] = importance[column + begin + i] / (scale * scale); /* what a scaled weight multiplies is scaled the other way */
+      float scale = scales.column ? scales.column[begin + i] : 1;
+      values[i] = to_float(q.w[group.offset + begin + i]) * scales.row * scale;
+      weights[i] = importance[begin + i] / (scale * scale); /* what a scaled weight multiplies is scaled the other way */
     }
     __syncthreads();
     for (int i = 0; i < count; i++) {

@@ -78,8 +78,11 @@ struct scaled_column_slope {
   const bf16 *d, *w;
   const float *row;
   int64_t columns;
-  DEVICE float operator()(int64_t r, int64_t c) const {
-    return to_float(d[r * columns + c]) * to_float(w[r * columns + c]) * (row ? row[r] : 1);
+  template <int N> DEVICE void add(float (&sum)[N], int64_t r, int64_t c) const {
+    float slope[N], plain[N];
+    load<N>(slope, d + r * columns + c);
+    load<N>(plain, w + r * columns + c);
+    for (int n = 0; n < N; n++) sum[n] += slope[n] * plain[n] * (row ? row[r] : 1);
   }
 };
 
@@ -89,7 +92,9 @@ static void scale_weight_backward(struct kernels *k, float *drow, float *dcolumn
   const float *row = scales ? scales->row : NULL, *column = scales ? scales->column : NULL;
   if (drow) launch(k, grid_of(rows), BLOCK_THREADS, 0, scale_rows_kernel, drow, elements(dto), elements(w), column, columns);
   float *partial = dcolumn ? (float *)cuda_scratch(k, column_room(columns)) : NULL;
-  if (partial) column_sum(k, dcolumn, scaled_column_slope{elements(dto), elements(w), row, columns}, rows, columns, false, partial);
+  bool vectors = columns % 8 == 0 && aligned(dto, w);
+  if (partial)
+    column_sum(k, dcolumn, scaled_column_slope{elements(dto), elements(w), row, columns}, rows, columns, vectors, false, partial);
 }
 
 /* ---- vectors ---- */
