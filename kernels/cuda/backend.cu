@@ -4,6 +4,8 @@
 
 #ifdef OMNIQUANT_NCCL
 extern "C" const struct device_link nccl_link; /* mpi/nccl_link.h */
+#elif defined OMNIQUANT_EMULATED
+extern "C" const struct device_link nccl_link __attribute__((weak)); /* of programs that have it, over an NCCL that is none */
 #endif
 
 namespace {
@@ -170,6 +172,7 @@ extern "C" struct kernels *CUDA_OPEN(int device, struct error *error) {
   }
 #ifdef OMNIQUANT_EMULATED
   k->name = "emulated";
+  k->link = &nccl_link;
 #else
   k->name = "cuda";
 #ifdef OMNIQUANT_NCCL
