@@ -19,6 +19,7 @@ WORKLOAD = ("blocks", "samples", "batch", "steps_a_block", "fixed_seconds_a_step
             "forward_passes_a_block", "fixed_seconds_a_block", "block_bytes", "gradient_bytes", "output_bytes_a_block")  # fmt: skip
 CLUSTER = ("ranks_a_node", "latency_seconds", "bytes_a_second", "node_latency_seconds", "node_bytes_a_second", "read_bytes_a_second",
            "write_bytes_a_second")  # fmt: skip
+NOT_EVERYWHERE = {"early_bytes": 0.0, "seconds_beside_early": 0.0}  # of the workload
 DEFAULTS = {"handshake_bytes": 65536, "bytes_a_poll": 786432}  # of the cluster: Open MPI over TCP; docs/scaling.md
 
 CAUSES = {
@@ -222,6 +223,22 @@ class Run:
             self.spent["stragglers"][rank] += waited - idle
             self.times[rank] += longer
 
+    def sum_beside(self, count, seconds, fewer):
+        """The sum of gradients that were there so long ago; what has not gone by since is waited for."""
+        if self.size == 1 or not count:
+            return
+        before = [moment - seconds for moment in self.times]
+        ends = list(before)
+        transfer = self.reduce(ends, count, self.cluster)
+        for rank in range(self.size):
+            longer = max(0.0, ends[rank] - self.times[rank])
+            waited = min(longer, max(0.0, ends[rank] - before[rank] - transfer[rank]))
+            idle = min(waited, fewer[rank])
+            fewer[rank] -= idle
+            self.add("all-reduce", rank, longer - waited)
+            self.add("idle", rank, idle)
+            self.add("stragglers", rank, waited - idle)
+
     def wait_until(self, moment, cause):
         """All ranks, together."""
         for rank in range(self.size):
@@ -248,7 +265,8 @@ class Run:
             self.sum(4, nothing)  # whether any rank is to stop
             fewer = self.work([self.present(rank, step % self.steps_an_epoch) for rank in range(self.size)], w["seconds_a_sample_step"],
                               w["fixed_seconds_a_step"])  # fmt: skip
-            self.sum(w["gradient_bytes"], fewer)
+            self.sum_beside(w["early_bytes"], w["seconds_beside_early"], fewer)
+            self.sum(w["gradient_bytes"] - w["early_bytes"], fewer)
         self.sum(4, nothing)
         self.wait_until(self.written, "write")
         self.written = max(self.times) + w["output_bytes_a_block"] / self.cluster.write_bytes_a_second
@@ -307,6 +325,7 @@ def read_inputs(paths):
         missing = [name for name in names if not isinstance(values, dict) or not isinstance(values.get(name), (int, float))]
         if missing:
             sys.exit(f"simulate.py: {', '.join(paths)}: {member}: no number for {', '.join(missing)}; docs/scaling.md says what they are")
+    merged["workload"] = {**NOT_EVERYWHERE, **merged["workload"]}
     return merged
 
 

@@ -146,7 +146,7 @@ struct kernels {
   /* The rest is NULL where the device's memory is the host's. Bytes of device memory that may still be allocated, with what operations and libraries
    * will yet ask for left out. */
   size_t (*room)(struct kernels *k);
-  /* A lane is a queue of copies, which run in their order, beside the work and beside other lanes. NULL: the device failed, which it keeps. */
+  /* A lane is a queue, of copies above all, which run in their order, beside the work and beside other lanes. NULL: the device failed, which it keeps. */
   struct lane *(*lane_open)(struct kernels *k);
   void (*lane_close)(struct kernels *k, struct lane *lane); /* waits for its copies; NULL is allowed */
   /* Plain bytes between the device's memory and that of allocate_host, either way. */
@@ -154,6 +154,8 @@ struct kernels {
   /* The lane's copies from now on begin after the work asked for so far; the work asked for from now on begins after the lane's copies so far. */
   void (*follow)(struct kernels *k, struct lane *lane);
   void (*join)(struct kernels *k, struct lane *lane);
+  /* What is asked for from now on runs on the lane, behind its copies so far, and not where the work does; NULL: where it does. */
+  void (*use)(struct kernels *k, struct lane *lane);
   /* Whether the lane's copies are done, for the host too; `wait`: they are, or the device has failed, which it keeps. Any thread may ask. */
   bool (*idle)(struct kernels *k, struct lane *lane, bool wait);
 

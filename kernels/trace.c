@@ -139,6 +139,10 @@ static void trace_join(struct kernels *k, struct lane *lane) {
   k->state->behind->join(k->state->behind, lane);
 }
 
+static void trace_use(struct kernels *k, struct lane *lane) {
+  k->state->behind->use(k->state->behind, lane);
+}
+
 static bool trace_idle(struct kernels *k, struct lane *lane, bool wait) {
   return k->state->behind->idle(k->state->behind, lane, wait);
 }
@@ -447,6 +451,7 @@ struct kernels *trace_open(struct kernels *behind, size_t element_bytes, struct 
     k->send = trace_send;
     k->follow = trace_follow;
     k->join = trace_join;
+    k->use = trace_use;
     k->idle = trace_idle;
   }
   return k;

@@ -12,7 +12,7 @@
 
 struct nccl {
   ncclComm_t communicator;
-  cudaStream_t stream;
+  struct kernels *k; /* whose stream takes what is asked for */
   struct world *world;
   pthread_t thread;
   pthread_mutex_t lock;
@@ -25,6 +25,10 @@ static void end_all(struct nccl *nccl, ncclResult_t code, const char *what) {
   error_set(&error, ERROR_WORK, "rank %d: NCCL %s failed: %s (%s)", nccl->world->rank, what, ncclGetErrorString(code),
             ncclGetLastError(nccl->communicator));
   world_abort(nccl->world, &error);
+}
+
+static cudaStream_t stream_of(const struct nccl *nccl) {
+  return nccl->k->state->stream;
 }
 
 static void require(struct nccl *nccl, ncclResult_t code, const char *what) {
@@ -51,14 +55,14 @@ static void *look_for_failures(void *context) {
 static void nccl_exchange(void *state, const float *mine, size_t mine_count, float *theirs, size_t theirs_count, int partner) {
   struct nccl *nccl = state;
   require(nccl, ncclGroupStart(), "group");
-  if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, nccl->stream), "send");
-  if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, nccl->stream), "receive");
+  if (mine_count) require(nccl, ncclSend(mine, mine_count, ncclFloat, partner, nccl->communicator, stream_of(nccl)), "send");
+  if (theirs_count) require(nccl, ncclRecv(theirs, theirs_count, ncclFloat, partner, nccl->communicator, stream_of(nccl)), "receive");
   require(nccl, ncclGroupEnd(), "exchange");
 }
 
 static void nccl_largest(void *state, float *values, size_t count) {
   struct nccl *nccl = state;
-  require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, nccl->stream), "allreduce");
+  require(nccl, ncclAllReduce(values, values, count, ncclFloat, ncclMax, nccl->communicator, stream_of(nccl)), "allreduce");
 }
 
 static void nccl_broadcast(void *state, struct lane *lane, void *bytes, size_t count) {
@@ -83,7 +87,7 @@ static int connect_ranks(struct nccl *nccl, struct kernels *k, struct error *err
   }
   tree_sum(&link, world->rank, world->size, values, COUNT, values + COUNT);
   nccl_largest(nccl, values, COUNT);
-  require(nccl, ncclBroadcast(values, values, COUNT, ncclFloat, 0, nccl->communicator, nccl->stream), "broadcast");
+  require(nccl, ncclBroadcast(values, values, COUNT, ncclFloat, 0, nccl->communicator, stream_of(nccl)), "broadcast");
   k->synchronize(k, error);
   k->release(k, values);
   return error->code;
@@ -103,7 +107,7 @@ static int nccl_open(struct world *world, struct kernels *k, void **opened, stru
     return error->code;
   }
   *opened = nccl;
-  *nccl = (struct nccl){.world = world, .stream = k->state->stream, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
+  *nccl = (struct nccl){.world = world, .k = k, .lock = PTHREAD_MUTEX_INITIALIZER, .end = PTHREAD_COND_INITIALIZER};
   code = ncclCommInitRank(&nccl->communicator, world->size, id, world->rank);
   if (code != ncclSuccess) {
     error_set(error, ERROR_WORK, "rank %d: NCCL cannot connect the ranks: %s (%s); each needs a GPU of its own; NCCL_DEBUG=INFO tells more",
@@ -122,7 +126,7 @@ static void nccl_close(void *state) {
   struct nccl *nccl = state;
   if (!nccl) return;
   cudaStreamSynchronize(
-      nccl->stream); /* what was asked for has to be over before the communicator goes; the device's own failure is kept */
+      stream_of(nccl)); /* what was asked for has to be over before the communicator goes; the device's own failure is kept */
   if (nccl->started) {
     pthread_mutex_lock(&nccl->lock);
     nccl->ending = true;

@@ -531,18 +531,17 @@ static void mlp_backward(struct block *block, enum block_weights which, data *dn
   if (routed) route_backward(block, which, sink);
 }
 
-void block_backward(struct block *block, enum block_weights which, data *dx, const data *dy, const data *x,
-                    const struct gradient_sink *sink) {
+void block_backward_mlp(struct block *block, enum block_weights which, bool wanted, const data *dy, const struct gradient_sink *sink) {
   struct kernels *k = block->k;
   const struct model *model = block->model;
   int64_t T = block->tokens, H = model->hidden;
-  bool post = model->post_norm, shared = one_norm(block), wanted = dx || sink->vector;
-  const data *dsum2 = dy, *dsum1 = block->dh;
+  bool post = model->post_norm, needed = !model->parallel || wanted || sink->vector;
+  const data *dsum2 = dy;
   if (post) {
     norm_backward(block, which, NORM_MLP, block->dsum, dy, block->sum2, T, H, false, sink);
     dsum2 = block->dsum;
   }
-  mlp_backward(block, which, model->parallel && !wanted ? NULL : shared ? block->dn1 : block->dn2, dsum2, sink);
+  mlp_backward(block, which, !needed ? NULL : one_norm(block) ? block->dn1 : block->dn2, dsum2, sink);
   k->copy(k, block->dh, dsum2, stream_bytes(block));
   if (post) {
     k->accumulate(k, block->dh, block->dn2, T * H);
@@ -550,14 +549,27 @@ void block_backward(struct block *block, enum block_weights which, data *dx, con
   } else if (!model->parallel) {
     norm_backward(block, which, NORM_MLP, block->dh, block->dn2, block->h, T, H, true, sink);
   }
-  attention_backward(block, which, dsum1, wanted, shared, sink);
+}
+
+void block_backward_attention(struct block *block, enum block_weights which, data *dx, const data *x, const struct gradient_sink *sink) {
+  struct kernels *k = block->k;
+  const struct model *model = block->model;
+  int64_t T = block->tokens, H = model->hidden;
+  bool shared = one_norm(block), wanted = dx || sink->vector;
+  attention_backward(block, which, block->dh, wanted, shared, sink);
   if (!wanted) return;
   input_backward(block, which, block->dn1, block->n1, T, H);
-  if (dx) k->copy(k, dx, dsum1, stream_bytes(block));
-  if (post) {
+  if (dx) k->copy(k, dx, block->dh, stream_bytes(block));
+  if (model->post_norm) {
     if (dx) k->accumulate(k, dx, block->dn1, T * H);
     return;
   }
   norm_backward(block, which, NORM_ATTENTION, dx, block->dn1, x, T, H, true, sink);
   if (model->parallel && !shared) norm_backward(block, which, NORM_MLP, dx, block->dn2, x, T, H, true, sink);
+}
+
+void block_backward(struct block *block, enum block_weights which, data *dx, const data *dy, const data *x,
+                    const struct gradient_sink *sink) {
+  block_backward_mlp(block, which, dx != NULL, dy, sink);
+  block_backward_attention(block, which, dx, x, sink);
 }

@@ -121,4 +121,9 @@ void block_forward(struct block *block, enum block_weights which, data *y, const
 void block_backward(struct block *block, enum block_weights which, data *dx, /* [T, hidden] or NULL */
                     const data *dy, const data *x, const struct gradient_sink *sink);
 
+/* The same in two parts, the first of which gives all gradients of the MLP's linear weights; nothing else is asked of the block between them. */
+void block_backward_mlp(struct block *block, enum block_weights which, bool wanted, /* whether dx will be */
+                        const data *dy, const struct gradient_sink *sink);
+void block_backward_attention(struct block *block, enum block_weights which, data *dx, const data *x, const struct gradient_sink *sink);
+
 #endif

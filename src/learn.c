@@ -5,6 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device.h"
+
 /* ---- memory ---- */
 
 static int64_t sample_elements(const struct learner *l) {
@@ -29,6 +31,12 @@ static int first_reader(const struct model *model, int linear) {
 /* Whether a step's work is handed to the device to be repeated: experts see other numbers of tokens each time. */
 static bool repeats(const struct learner *l) {
   return l->k->repeat && l->block->model->experts == 0;
+}
+
+/* Whether gradients that a sample's backward pass has first are summed over ranks beside the rest of it: where devices do it by themselves, and there
+ * are such gradients. */
+static bool sums_beside(const struct learner *l) {
+  return device_stream_link(l->world) && l->recipe->lwc && learns(l);
 }
 
 static void place_importances(struct learner *l) {
@@ -99,6 +107,7 @@ int learner_init(struct learner *l, struct error *error) {
                        device[i].bytes);
     memcpy(device[i].field, &memory, sizeof memory);
   }
+  if (sums_beside(l) && !(l->sums = k->lane_open(k))) return k->synchronize(k, error);
   l->losses = calloc(2 * (size_t)l->shard->samples, sizeof(float));
   l->epoch_loss = calloc((size_t)l->recipe->epochs + 1, sizeof(float));
   return log_open(l, steps) && l->losses && l->epoch_loss ? 0 : error_set(error, ERROR_WORK, "out of memory for losses");
@@ -121,6 +130,7 @@ void learner_free(struct learner *l) {
   if (l->quantizing) l->k->forget(l->k, l->quantizing);
   for (size_t i = 0; i < sizeof device / sizeof *device; i++)
     if (device[i]) l->k->release(l->k, device[i]);
+  if (l->sums) l->k->lane_close(l->k, l->sums);
   log_close(l);
   free(l->losses);
   free(l->epoch_loss);
@@ -191,8 +201,9 @@ static void observe_pass(struct learner *l) {
   int64_t columns = l->importances;
   float *step = l->importance + columns;
   l->k->clear(l->k, l->importance, (size_t)columns * sizeof(float));
+  struct step_sum sum = {observe_sample, l, l->k, l->world, step, l->scratch, .count = columns};
   for (int i = 0; i < l->shard->steps; i++) {
-    shard_step_sum(l->shard, i, observe_sample, l, l->k, l->world, step, l->scratch, columns);
+    shard_step_sum(l->shard, i, &sum);
     l->k->add(l->k, l->importance, step, columns);
   }
 }
@@ -236,11 +247,14 @@ static void take_vector_gradient(void *context, int tensor, const float *d) {
   let_backward_vector(&l->let, l->block, tensor, d, l->let.parameter, sink->gradient + 2 * l->lwc.groups);
 }
 
-void learner_backward(struct learner *l, float *gradient, const data *dy, const data *x) {
+void learner_backward(struct learner *l, enum sample_part part, float *gradient, const data *dy, const data *x) {
   struct sink_context context = {l, gradient};
   struct gradient_sink sink = {take_weight_gradient, l->recipe->let ? take_vector_gradient : NULL, &context};
-  l->k->clear(l->k, gradient, (size_t)l->count * sizeof *gradient); /* experts without tokens give none, and LET's are added up */
-  block_backward(l->block, BLOCK_QUANTIZED, NULL, dy, x, &sink);
+  if (part != SAMPLE_REST) {
+    l->k->clear(l->k, gradient, (size_t)l->count * sizeof *gradient); /* experts without tokens give none, and LET's are added up */
+    block_backward_mlp(l->block, BLOCK_QUANTIZED, false, dy, &sink);
+  }
+  if (part != SAMPLE_BEGINNING) block_backward_attention(l->block, BLOCK_QUANTIZED, NULL, x, &sink);
 }
 
 struct step_context {
@@ -251,6 +265,7 @@ struct step_context {
 /* One sample's part of a step. */
 struct sample_work {
   struct learner *learner;
+  enum sample_part part;
   struct sample sample;
   float weight;
   float *out; /* [count + 1] gradient, and the loss */
@@ -259,35 +274,50 @@ struct sample_work {
 static void sample_work(void *context) {
   const struct sample_work *work = context;
   struct learner *l = work->learner;
-  block_forward(l->block, BLOCK_QUANTIZED, l->y, work->sample.x);
-  sample_loss(l, work->out + l->count, l->dy, l->y, &work->sample, work->weight);
-  learner_backward(l, work->out, l->dy, work->sample.x);
+  if (work->part != SAMPLE_REST) {
+    block_forward(l->block, BLOCK_QUANTIZED, l->y, work->sample.x);
+    sample_loss(l, work->out + l->count, l->dy, l->y, &work->sample, work->weight);
+  }
+  learner_backward(l, work->part, work->out, l->dy, work->sample.x);
 }
 
 /* The same work for every sample, out of a copy of it: what a device can repeat by itself. */
 static void repeat_work(struct learner *l, struct sample_work *work) {
   size_t bytes = (size_t)sample_elements(l) * l->k->element_bytes;
-  l->k->copy(l->k, l->copy.x, work->sample.x, bytes);
-  l->k->copy(l->k, l->copy.target, work->sample.target, bytes);
-  if (l->copy.augmented) l->k->copy(l->k, l->copy.augmented, work->sample.augmented, bytes);
+  if (work->part != SAMPLE_REST) {
+    l->k->copy(l->k, l->copy.x, work->sample.x, bytes);
+    l->k->copy(l->k, l->copy.target, work->sample.target, bytes);
+    if (l->copy.augmented) l->k->copy(l->k, l->copy.augmented, work->sample.augmented, bytes);
+  }
   work->sample = l->copy;
   struct recording *r = l->recording;
-  while (r->out && (r->out != work->out || r->weight != work->weight)) r++;
-  *r = (struct recording){work->out, work->weight, r->made};
+  while (r->out && (r->out != work->out || r->weight != work->weight || r->part != work->part)) r++;
+  *r = (struct recording){work->out, work->weight, work->part, r->made};
   l->k->repeat(l->k, &r->made, sample_work, work);
 }
 
-/* A sample's gradient and loss. */
-static void sample_gradient(void *context, int local, float *out) {
-  const struct step_context *step = context;
+static void sample_part(const struct step_context *step, enum sample_part part, int local, float *out) {
   struct learner *l = step->learner;
-  struct sample_work work = {l, sample_of(l, local), step->weight, out};
+  struct sample_work work = {l, part, sample_of(l, local), step->weight, out};
   if (world_stopping(l->world)) return;
   if (repeats(l))
     repeat_work(l, &work);
   else
     sample_work(&work);
   poll(l);
+}
+
+/* A sample's gradient and loss. */
+static void sample_gradient(void *context, int local, float *out) {
+  sample_part(context, SAMPLE_WHOLE, local, out);
+}
+
+static void begin_gradient(void *context, int local, float *out) {
+  sample_part(context, SAMPLE_BEGINNING, local, out);
+}
+
+static void finish_gradient(void *context, int local, float *out) {
+  sample_part(context, SAMPLE_REST, local, out);
 }
 
 /* By AdamW the factors, unless sign updates move them, and LET's parameters: at once. */
@@ -366,7 +396,9 @@ void learner_step(struct learner *l, int step, int steps) {
   else
     quantize_in_training(l);
   l->k->bf16_products = l->recipe->bf16_products;
-  shard_step_sum(l->shard, in_epoch, sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, l->count + 1);
+  struct step_sum sum = {sample_gradient, &context, l->k, l->world, l->gradient, l->scratch, .count = l->count + 1};
+  if (l->sums) sum.begin = begin_gradient, sum.rest = finish_gradient, sum.early = l->lwc.early, sum.lane = l->sums;
+  shard_step_sum(l->shard, in_epoch, &sum);
   l->k->bf16_products = false;
   l->k->copy(l->k, l->step_loss + step, l->gradient + l->count, sizeof(float));
   update(l, step, steps);

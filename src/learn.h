@@ -33,13 +33,18 @@ struct sample {
   data *augmented; /* of aug_loss: what it is to give as well; else NULL */
 };
 
-/* What a device has noted of a sample's work (kernels.h, repeat): one for each place where a gradient goes and each weight it has. */
+/* A sample's work in a step, or its parts: up to the gradients of the MLP's factors, and the rest. */
+enum sample_part { SAMPLE_WHOLE, SAMPLE_BEGINNING, SAMPLE_REST };
+
+/* What a device has noted of a sample's work (kernels.h, repeat): one for each place where a gradient goes, each weight it has, and each part. */
 struct recording {
   float *out; /* NULL: none yet */
   float weight;
+  enum sample_part part;
   void *made;
 };
-enum { LEARNER_MOST_RECORDINGS = 66 }; /* a whole step and a last, shorter one; 32 levels of the sum over samples */
+/* Of a whole step and of a last, shorter one: 32 levels of the sum over samples, and the last sample's two parts. */
+enum { LEARNER_MOST_RECORDINGS = 70 };
 
 /* Losses on their way to the host. From a device with a memory of its own an epoch's come beside the next epoch, on the lane of even or of odd ones. */
 struct loss_log {
@@ -67,11 +72,12 @@ struct learner {
   data *y, *dy;             /* [T, hidden] */
   struct sample copy;       /* of the sample in work, where the device repeats */
   struct recording recording[LEARNER_MOST_RECORDINGS];
-  void *quantizing;                         /* the same of quantizing the weights */
-  float *gradient;                          /* [count + 1]: of factors (parameters after a step), then of LET's parameters, then the loss */
-  float *scratch;                           /* for sums over samples */
-  float *m, *v;                             /* [count]: AdamW's moments */
-  float *start;                             /* [count]: factors and LET's parameters before training */
+  void *quantizing;  /* the same of quantizing the weights */
+  float *gradient;   /* [count + 1]: of factors (parameters after a step), then of LET's parameters, then the loss */
+  float *scratch;    /* for sums over samples */
+  struct lane *sums; /* where the MLP's factors' gradients are summed over ranks, beside attention's backward; or NULL */
+  float *m, *v;      /* [count]: AdamW's moments */
+  float *start;      /* [count]: factors and LET's parameters before training */
   int64_t importance_at[MODEL_MAX_LINEARS]; /* of each layer's inputs in `importance` */
   int64_t importances;
   float *importance;  /* column sums of squares of what linear layers read, and as much for one step */
@@ -104,8 +110,9 @@ void learner_start(struct learner *learner);
 void learner_begin(struct learner *learner);
 void learner_step(struct learner *learner, int step, int steps /* of the whole training */);
 
-/* After block_forward with the parameters in training: their gradient for one sample. */
-void learner_backward(struct learner *learner, float *gradient, /* [count], device: of factors, then of LET's parameters; assigned */
+/* After block_forward with the parameters in training: their gradient for one sample; at once, or in two parts of which the first makes the MLP's
+ * factors' gradients, the first lwc.early of all. */
+void learner_backward(struct learner *learner, enum sample_part part, float *gradient, /* [count], device: as `gradient` below; assigned */
                       const data *dy, const data *x /* [T, hidden] */);
 
 /* The block's effective tensors, quantized with these parameters. */

@@ -10,13 +10,20 @@ struct quantized_shape lwc_shape(const struct linear *linear, const struct recip
   return (struct quantized_shape){linear->quantized ? linear->rows : 0, linear->columns, {recipe->wbits, recipe->symmetric, group}};
 }
 
-int lwc_init(struct lwc *lwc, const struct model *model, struct kernels *k, const struct recipe *recipe, struct error *error) {
-  *lwc = (struct lwc){.k = k, .sigmoid = recipe->optimizer == OPTIMIZER_ADAMW, .stored_scale = recipe->stored_scale};
+static void place_factors(struct lwc *lwc, const struct model *model, const struct recipe *recipe, bool mlp) {
   for (int i = 0; i < model->linears; i++) {
+    if ((role_of_linear(i) >= LINEAR_GATE) != mlp) continue;
     lwc->shape[i] = lwc_shape(&model->linear[i], recipe);
-    lwc->first[i] = lwc->groups;
+    lwc->first[i] = 2 * lwc->groups;
     lwc->groups += groups_of(&lwc->shape[i]);
   }
+}
+
+int lwc_init(struct lwc *lwc, const struct model *model, struct kernels *k, const struct recipe *recipe, struct error *error) {
+  *lwc = (struct lwc){.k = k, .sigmoid = recipe->optimizer == OPTIMIZER_ADAMW, .stored_scale = recipe->stored_scale};
+  place_factors(lwc, model, recipe, true);
+  lwc->early = 2 * lwc->groups;
+  place_factors(lwc, model, recipe, false);
   size_t bytes = 2 * (size_t)lwc->groups * sizeof(float);
   lwc->parameter = k->allocate(k, bytes);
   lwc->factor = k->allocate(k, bytes);
@@ -56,7 +63,7 @@ void lwc_search(struct lwc *lwc, const struct block *block, const struct let *le
   for (int i = 0; i < block->model->linears; i++) {
     struct weight_scales scales = let_scales(let, i);
     int64_t groups = groups_of(&lwc->shape[i]);
-    float *hi = lwc->parameter + lwc->first[i], *lo = hi + lwc->groups;
+    float *hi = lwc->parameter + lwc->first[i], *lo = hi + groups;
     if (weight_of(block, i))
       k->clip_search(k, hi, lo, weight_of(block, i), &scales, importance[i], &lwc->shape[i], groups * world->rank / world->size,
                      groups * (world->rank + 1) / world->size);
@@ -67,9 +74,7 @@ void lwc_search(struct lwc *lwc, const struct block *block, const struct let *le
 }
 
 void lwc_round(const struct lwc *lwc, int linear, float *factor) {
-  int64_t groups = groups_of(&lwc->shape[linear]);
-  lwc->k->fill(lwc->k, factor + lwc->first[linear], 1, groups);
-  lwc->k->fill(lwc->k, factor + lwc->groups + lwc->first[linear], 1, groups);
+  lwc->k->fill(lwc->k, factor + lwc->first[linear], 1, 2 * groups_of(&lwc->shape[linear]));
 }
 
 struct rows_of_weight lwc_rows(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
@@ -78,8 +83,9 @@ struct rows_of_weight lwc_rows(const struct lwc *lwc, const struct block *block,
   of.shape.rows = rows.count;
   of.w = data_at(block->k, weight_of(block, linear), rows.first * of.shape.columns);
   if (of.scales.row) of.scales.row += rows.first;
-  of.group = lwc->first[linear] + rows.first * groups_per_row(&of.shape);
-  if (factor) of.hi = factor + of.group, of.lo = of.hi + lwc->groups;
+  of.hi_at = lwc->first[linear] + rows.first * groups_per_row(&of.shape);
+  of.lo_at = of.hi_at + groups_of(&lwc->shape[linear]);
+  if (factor) of.hi = factor + of.hi_at, of.lo = factor + of.lo_at;
   return of;
 }
 
@@ -101,7 +107,7 @@ void lwc_quantize(const struct lwc *lwc, struct block *block, const struct let *
 void lwc_backward(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,
                   const data *dw, const float *factor, float *gradient, float *drow, float *dcolumn) {
   struct rows_of_weight of = lwc_rows(lwc, block, let, linear, rows, factor);
-  float *hi = gradient ? gradient + of.group : NULL, *lo = gradient ? hi + lwc->groups : NULL;
+  float *hi = gradient ? gradient + of.hi_at : NULL, *lo = gradient ? gradient + of.lo_at : NULL;
   lwc->k->quantize_backward(lwc->k, hi, lo, of.scales.row ? drow + rows.first : NULL, of.scales.column ? dcolumn : NULL, dw, of.w,
                             &of.scales, of.hi, of.lo, &of.shape, lwc->stored_scale);
 }

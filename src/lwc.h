@@ -12,11 +12,12 @@
 struct lwc {
   struct kernels *k;
   struct quantized_shape shape[MODEL_MAX_LINEARS]; /* no rows for layers that are not quantized */
-  int64_t first[MODEL_MAX_LINEARS];                /* first group of each linear layer */
+  int64_t first[MODEL_MAX_LINEARS];                /* where each linear layer's factors begin in the arrays below */
   int64_t groups;                                  /* of all linear layers of the block */
+  int64_t early;                                   /* the first so many factors are the MLP's, whose gradients backward has first */
   bool sigmoid;                                    /* parameters are gamma and beta; else the factors themselves */
   bool stored_scale;                               /* training uses the scale as it is stored, in fp16 */
-  /* Device memory, [2 * groups]: of all layers f_hi (gamma), then of all f_lo (beta). */
+  /* Device memory, [2 * groups]: of each layer f_hi (gamma) of its groups, then their f_lo (beta). */
   float *parameter, *factor;
 };
 
@@ -48,7 +49,7 @@ struct rows_of_weight {
   const data *w;
   struct weight_scales scales;
   const float *hi, *lo; /* their factors; NULL: 1 */
-  int64_t group;        /* their first in an array of factors */
+  int64_t hi_at, lo_at; /* where these begin in an array of factors */
 };
 
 struct rows_of_weight lwc_rows(const struct lwc *lwc, const struct block *block, const struct let *let, int linear, struct row_range rows,

@@ -39,10 +39,13 @@ static double longest(const struct plan *plan, double stream_seconds) {
 
 static void find_times(struct plan *plan, const struct rehearsal *work) {
   const struct machine *machine = &plan->machine;
-  double unused[PLAN_PARTS], reduce = machine_allreduce_seconds(machine, plan->ranks, plan->gradient_bytes);
+  double unused[PLAN_PARTS];
   bool searches = plan->recipe.lwc && plan->recipe.lwc_init == LWC_INIT_SEARCH;
   plan->step_seconds = time_of(machine, &work->step, plan->step);
   plan->block_seconds = time_of(machine, &work->block, plan->block);
+  plan->beside_seconds = plan->early_bytes > 0 ? time_of(machine, &work->rest, unused) : 0;
+  double early = machine_allreduce_seconds(machine, plan->ranks, plan->early_bytes) - plan->beside_seconds,
+         reduce = machine_allreduce_seconds(machine, plan->ranks, plan->gradient_bytes - plan->early_bytes) + larger(early, 0);
   if (work->steps > 0) plan->step[PLAN_ALLREDUCE] = reduce;
   plan->step_seconds += plan->step[PLAN_ALLREDUCE];
   plan->block[PLAN_ALLREDUCE] = reduce * (work->steps + (searches ? 1 : 0));
@@ -129,6 +132,7 @@ static void find_traffic(struct plan *plan, const struct rehearsal *work) {
   plan->block_bytes = (double)model->image_bytes;
   plan->checkpoint_bytes = plan->block_bytes * model->blocks + outside * (double)model->image_bytes / elements;
   plan->gradient_bytes = work->steps > 0 ? (double)(work->learnables + 1) * (double)sizeof(float) : 0;
+  plan->early_bytes = work->steps > 0 && plan->machine.device_memory > 0 ? (double)work->early * (double)sizeof(float) : 0;
   plan->output_bytes_a_block = (double)record_bytes(model, &plan->recipe);
   plan->output_bytes = plan->output_bytes_a_block * model->blocks;
 }

@@ -56,6 +56,8 @@ struct plan {
   struct plan_memory memory;
   bool fits;
   double checkpoint_bytes, block_bytes, gradient_bytes, output_bytes_a_block, output_bytes;
+  double early_bytes,
+      beside_seconds; /* of the gradients those that are summed beside a sample's backward pass, and how long that takes from there */
   double step[PLAN_PARTS], block[PLAN_PARTS]; /* seconds */
   double step_seconds, block_seconds;         /* sums */
   double sample_step, sample_forward,

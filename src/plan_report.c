@@ -128,11 +128,12 @@ static json_t *workload_json(const struct plan *plan) {
   double step = plan->step_seconds - plan->step[PLAN_ALLREDUCE] - slots * plan->sample_step;
   double passes = plan->forward_passes * plan->samples_a_rank * plan->sample_forward;
   double block = plan->block_seconds - plan->steps_a_block * plan->step_seconds - passes;
-  return json_pack("{s:i, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "blocks", plan->model.blocks, "samples", recipe->samples,
-                   "batch", recipe->batch, "steps_a_block", plan->steps_a_block, "fixed_seconds_a_step", step > 0 ? step : 0,
-                   "seconds_a_sample_step", plan->sample_step, "seconds_a_sample_forward", plan->sample_forward, "forward_passes_a_block",
-                   plan->forward_passes, "fixed_seconds_a_block", block > 0 ? block : 0, "block_bytes", plan->block_bytes, "gradient_bytes",
-                   plan->gradient_bytes, "output_bytes_a_block", plan->output_bytes_a_block);
+  return json_pack("{s:i, s:i, s:i, s:i, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f, s:f}", "blocks", plan->model.blocks, "samples",
+                   recipe->samples, "batch", recipe->batch, "steps_a_block", plan->steps_a_block, "fixed_seconds_a_step",
+                   step > 0 ? step : 0, "seconds_a_sample_step", plan->sample_step, "seconds_a_sample_forward", plan->sample_forward,
+                   "forward_passes_a_block", plan->forward_passes, "fixed_seconds_a_block", block > 0 ? block : 0, "block_bytes",
+                   plan->block_bytes, "gradient_bytes", plan->gradient_bytes, "early_bytes", plan->early_bytes, "seconds_beside_early",
+                   plan->beside_seconds, "output_bytes_a_block", plan->output_bytes_a_block);
 }
 
 static json_t *cluster_json(const struct plan *plan) {

@@ -17,6 +17,15 @@ static struct trace take(struct rehearsed *r) {
   return taken;
 }
 
+static void add_rows(struct trace *to, const struct trace *from) {
+  for (int i = 0; i < TRACE_COUNT; i++) {
+    to->row[i].calls += from->row[i].calls;
+    to->row[i].flops += from->row[i].flops;
+    to->row[i].bytes += from->row[i].bytes;
+    to->row[i].seconds += from->row[i].seconds;
+  }
+}
+
 /* ---- the block ---- */
 
 /* All that is done to a block; its rows are noted. */
@@ -36,6 +45,7 @@ static int run(struct rehearsed *r, int ranks, struct rehearsal *rehearsal, stru
   rehearsal->samples = rank->shard.count;
   rehearsal->steps = l->recipe->epochs * rank->shard.steps;
   rehearsal->learnables = l->count;
+  rehearsal->early = l->recipe->lwc ? l->lwc.early : 0;
   rehearsal->allocated = r->trace.allocated;
   rehearsal->record_allocated = rank->room.bytes;
   if (rank->image && block(rank, error)) return error->code; /* memory is touched and libraries have made their plans */
@@ -52,8 +62,11 @@ static int run(struct rehearsed *r, int ranks, struct rehearsal *rehearsal, stru
   rank->k->bf16_products = l->recipe->bf16_products;
   block_forward(&rank->block, BLOCK_QUANTIZED, l->y, x);
   rank->k->mse(rank->k, l->gradient, l->dy, l->y, x, (int64_t)l->recipe->seqlen * rank->block.model->hidden, 1, false);
-  learner_backward(l, l->gradient, l->dy, x);
+  learner_backward(l, SAMPLE_BEGINNING, l->gradient, l->dy, x);
   rehearsal->sample = take(r);
+  learner_backward(l, SAMPLE_REST, l->gradient, l->dy, x);
+  rehearsal->rest = take(r);
+  add_rows(&rehearsal->sample, &rehearsal->rest);
   return 0;
 }
 

@@ -40,41 +40,86 @@ size_t shard_scratch(const struct shard *shard, int64_t count) {
   return (size_t)depth * (size_t)stride_of(count);
 }
 
-/* The tree over slots [from, from + length): node `index` of a level holds [from + index * length / 2^level, from + (index + 1) * length / 2^level). */
+/* The tree over slots [from, from + length): node `index` of a level holds [from + index * length / 2^level, from + (index + 1) * length / 2^level).
+ * What is summed after the last sample is put off where that is made in two parts. */
 struct tree {
   const struct shard *shard;
   int from, length, step;
-  shard_leaf *leaf;
-  void *context;
-  struct kernels *k;
-  int64_t count;
+  const struct step_sum *sum;
+  int left;                 /* samples that are still to be made */
+  float *last;              /* where the last one went; NULL: none yet */
+  float *to[32], *plus[32]; /* the sums that are put off */
+  int put_off;
 };
 
-/* Sums a node into out; whether it holds any sample. */
-static bool sum_node(const struct tree *tree, int level, int64_t index, float *out, float *scratch) {
-  int begin = tree->from + (int)((index * tree->length) >> level), end = tree->from + (int)(((index + 1) * tree->length) >> level);
+static int first_present(const struct tree *tree, int slot) {
   int present = shard_step_samples(tree->shard, tree->step);
-  if (end > present) end = present;
+  return slot < present ? slot : present;
+}
+
+static void make_sample(struct tree *tree, int slot, float *out) {
+  const struct step_sum *sum = tree->sum;
+  int run = tree->shard->slot_end - tree->shard->slot_begin, local = tree->step * run + slot - tree->shard->slot_begin;
+  if (--tree->left == 0) tree->last = out;
+  (sum->rest && tree->left == 0 ? sum->begin : sum->leaf)(sum->context, local, out);
+}
+
+static void add_to(struct tree *tree, float *to, float *plus) {
+  if (tree->sum->rest && tree->left == 0) {
+    tree->to[tree->put_off] = to;
+    tree->plus[tree->put_off++] = plus;
+  } else {
+    tree->sum->k->add(tree->sum->k, to, plus, tree->sum->count);
+  }
+}
+
+/* Sums a node into out; whether it holds any sample. */
+static bool sum_node(struct tree *tree, int level, int64_t index, float *out, float *scratch) {
+  int begin = first_present(tree, tree->from + (int)((index * tree->length) >> level)),
+      end = first_present(tree, tree->from + (int)(((index + 1) * tree->length) >> level));
   if (begin >= end) return false;
   if (end - begin == 1) {
-    int run = tree->shard->slot_end - tree->shard->slot_begin;
-    tree->leaf(tree->context, tree->step * run + begin - tree->shard->slot_begin, out);
+    make_sample(tree, begin, out);
     return true;
   }
   bool left = sum_node(tree, level + 1, 2 * index, out, scratch);
   if (!left) return sum_node(tree, level + 1, 2 * index + 1, out, scratch);
-  if (sum_node(tree, level + 1, 2 * index + 1, scratch, scratch + stride_of(tree->count))) tree->k->add(tree->k, out, scratch, tree->count);
+  if (sum_node(tree, level + 1, 2 * index + 1, scratch, scratch + stride_of(tree->sum->count))) add_to(tree, out, scratch);
   return true;
 }
 
-void shard_step_sum(const struct shard *shard, int step, shard_leaf *leaf, void *context, struct kernels *k, struct world *world,
-                    float *out, float *scratch, int64_t count) {
-  int level = 0;
+/* Values [first, end): the sums that were put off, and those over ranks. */
+static void sum_part(const struct tree *tree, int64_t first, int64_t end) {
+  const struct step_sum *sum = tree->sum;
+  for (int i = 0; i < tree->put_off; i++) sum->k->add(sum->k, tree->to[i] + first, tree->plus[i] + first, end - first);
+  world_allreduce(sum->world, sum->out + first, (size_t)(end - first), sum->scratch + first);
+}
+
+/* The last sample's rest is at work while what it began with is summed. */
+static void sum_beside(const struct tree *tree, int local) {
+  const struct step_sum *sum = tree->sum;
+  struct kernels *k = sum->k;
+  k->follow(k, sum->lane);
+  if (tree->last) sum->rest(sum->context, local, tree->last);
+  k->use(k, sum->lane);
+  sum_part(tree, 0, sum->early);
+  k->use(k, NULL);
+  sum_part(tree, sum->early, sum->count);
+  k->join(k, sum->lane);
+}
+
+void shard_step_sum(const struct shard *shard, int step, const struct step_sum *sum) {
+  int level = 0, begin = shard->slot_begin, end = shard->slot_end, present = shard_step_samples(shard, step);
   while (1 << level < shard->size) level++;
   bool power_of_two = 1 << level == shard->size;
-  struct tree tree = {shard, 0, shard->batch, step, leaf, context, k, count};
-  if (!power_of_two) tree.from = shard->slot_begin, tree.length = shard->slot_end - shard->slot_begin;
-  if (!sum_node(&tree, power_of_two ? level : 0, power_of_two ? shard->rank : 0, out, scratch))
-    k->clear(k, out, (size_t)count * sizeof *out);
-  world_allreduce(world, out, (size_t)count, scratch);
+  struct tree tree = {.shard = shard, .length = shard->batch, .step = step, .sum = sum};
+  if (!power_of_two) tree.from = begin, tree.length = end - begin;
+  if (present < end) end = present;
+  tree.left = end > begin ? end - begin : 0;
+  if (!sum_node(&tree, power_of_two ? level : 0, power_of_two ? shard->rank : 0, sum->out, sum->scratch))
+    sum->k->clear(sum->k, sum->out, (size_t)sum->count * sizeof *sum->out);
+  if (sum->rest)
+    sum_beside(&tree, step * (shard->slot_end - shard->slot_begin) + end - 1 - begin);
+  else
+    sum_part(&tree, 0, sum->count);
 }

@@ -34,10 +34,23 @@ size_t shard_scratch(const struct shard *shard, int64_t count);
 /* What is summed: assigns a sample's values to out. */
 typedef void shard_leaf(void *context, int local, float *out);
 
-/* out = sum over the step's samples on all ranks; zero for a rank and step without any. Collective. */
-void shard_step_sum(const struct shard *shard, int step, shard_leaf *leaf, void *context, struct kernels *k, struct world *world,
-                    float *out,     /* [count], device memory */
-                    float *scratch, /* [shard_scratch], device memory */
-                    int64_t count);
+struct step_sum {
+  shard_leaf *leaf;
+  void *context;
+  struct kernels *k;
+  struct world *world;
+  float *out;     /* [count], device memory: receives the sum over the step's samples on all ranks, zero where there is none */
+  float *scratch; /* [shard_scratch], device memory */
+  int64_t count;
+
+  /* With `rest`, a rank's last sample is made in two parts: `begin` makes its values [0, early), which are summed on the lane while `rest` makes the
+   * others. The same bits come of it. */
+  shard_leaf *begin, *rest;
+  int64_t early;
+  struct lane *lane;
+};
+
+/* Collective. */
+void shard_step_sum(const struct shard *shard, int step, const struct step_sum *sum);
 
 #endif

@@ -47,11 +47,12 @@ void target_pass(struct target *t, bool observed) {
     for (int i = 0; i < t->shard->count; i++) forward_sample(t, i);
     return;
   }
+  struct step_sum sum = {observed_sample, t, t->k, t->world, t->step, t->scratch, .count = statistics->count};
   size_t bytes = (size_t)statistics->count * sizeof(float);
   t->k->clear(t->k, statistics->absmax, bytes);
   t->k->clear(t->k, statistics->middle, bytes);
   for (int i = 0; i < t->shard->steps; i++) {
-    shard_step_sum(t->shard, i, observed_sample, t, t->k, t->world, t->step, t->scratch, statistics->count);
+    shard_step_sum(t->shard, i, &sum);
     t->k->add(t->k, statistics->middle, t->step, statistics->count);
   }
   world_largest(t->world, statistics->absmax, (size_t)statistics->count);

@@ -573,6 +573,11 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, c
 
 typedef emulation::event *cudaEvent_t;
 
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+  *least = 0;
+  *greatest = -5;
+  return cudaSuccess;
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   emulation::stream *made = new emulation::stream();
   made->works = emulation::opening;
@@ -580,6 +585,9 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   emulation::streams.push_back(made);
   *stream = made;
   return cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, int flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
 }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (emulation::refused("the host waits")) return 2;

@@ -57,6 +57,10 @@ check "doubling: the whole in every round" holds "abs(rows[8]['all-reduce'] - 4 
 check "halving: twice all but a share" holds "abs(rows[8]['all-reduce'] - 4 * 2 * 0.875 * (6 * 4 + $small)) < 0.1" --ranks 8 --collective halving slow
 check "a ring: as much" holds "abs(rows[8]['all-reduce'] - 4 * 2 * 0.875 * (6 * 4 + $small)) < 0.1" --ranks 8 --collective ring slow
 check "a node's ranks share its link" holds "abs(rows[8]['all-reduce'] - 4 * 2 * (6 * 4 + $small) * 2) < 0.1" --ranks 8 --ranks-a-node 2 slow
+case_of beside '{"cluster": {"bytes_a_second": 1000}, "workload": {"block_bytes": 1, "early_bytes": 3000, "seconds_beside_early": 100}}'
+check "early gradients go beside the work" holds "abs(rows[8]['all-reduce'] - 4 * 3 * (6 * 1 + $small)) < 0.1" --ranks 8 beside
+case_of partly '{"cluster": {"bytes_a_second": 1000}, "workload": {"block_bytes": 1, "early_bytes": 3000, "seconds_beside_early": 1}}'
+check "what has not gone by then is waited for" holds "abs(rows[8]['all-reduce'] - 4 * (3 * (6 * 4 + $small) - 6)) < 0.1" --ranks 8 partly
 case_of late '{"cluster": {"latency_seconds": 0.125}}'
 check "latency: a round, and a question before large messages" holds "near(rows[2]['all-reduce'], 4 * 0.125 * (8 + 4 + 6))" --ranks 2 late
 

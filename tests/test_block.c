@@ -308,7 +308,7 @@ static void rotary_tables_follow_the_formulas(void **context) {
 
 /* Where a linear layer's factors of one end begin. */
 static float *factors_of(const struct lwc *lwc, float *values, int role, int end) {
-  return values + end * lwc->groups + lwc->first[role];
+  return values + lwc->first[role] + end * groups_of(&lwc->shape[role]);
 }
 
 /* lwc_quantize and lwc_backward against the kernels called for each layer by itself, with factors that differ everywhere. */
@@ -369,7 +369,7 @@ static void check_search(struct memory *d, struct lwc *lwc, struct block *block,
     k->clip_search(k, end[0], end[1], block_tensor(block, BLOCK_FULL, block->model->linear[i].weight), NULL, importance[i], &lwc->shape[i],
                    0, groups);
     for (int e = 0; e < 2; e++) {
-      const float *want = fetched_floats(d, end[e], groups), *mine = got + e * lwc->groups + lwc->first[i];
+      const float *want = fetched_floats(d, end[e], groups), *mine = got + lwc->first[i] + e * groups;
       for (int64_t g = 0; g < groups; g++) assert_true(fabsf(mine[g] - fminf(want[g], limit)) <= 1e-6f);
     }
   }

@@ -270,7 +270,7 @@ static int list_parts(const struct run *run, struct part *part) {
     const char *linear = run->model.linear[i].name;
     int64_t groups = groups_of(&lwc->shape[i]);
     add_part(part, &parts, lwc->first[i], groups, linear, ".weight_quantizer.upbound_factor");
-    add_part(part, &parts, lwc->groups + lwc->first[i], groups, linear, ".weight_quantizer.lowbound_factor");
+    add_part(part, &parts, lwc->first[i] + groups, groups, linear, ".weight_quantizer.lowbound_factor");
   }
   for (int place = 0; place < LET_PLACES; place++) {
     int64_t channels = let->channels[place], first = 2 * lwc->groups;

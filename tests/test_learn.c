@@ -246,7 +246,7 @@ static void experts_compute_only_their_tokens(void **context) {
   s.k->state->observer_context = &count;
   block_forward(&s.rank.block, BLOCK_QUANTIZED, s.rank.learner.y, samples_read(&s.rank.learner.x_q, 0));
   double needed = 2.0 * 3 * TOKENS * model->experts_per_token * model->hidden * model->ffn, forward = count.experts;
-  learner_backward(&s.rank.learner, s.rank.learner.gradient, s.rank.learner.y, samples_read(&s.rank.learner.x_q, 0));
+  learner_backward(&s.rank.learner, SAMPLE_WHOLE, s.rank.learner.gradient, s.rank.learner.y, samples_read(&s.rank.learner.x_q, 0));
   s.k->state->observer = NULL;
   print_message("    routed computation over that of the chosen experts: forward %.3f, with backward %.3f\n", forward / needed,
                 count.experts / (3 * needed));

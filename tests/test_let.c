@@ -58,7 +58,7 @@ static void load_parameters(struct setup *s) {
   struct learner *l = &s->learner;
   for (int i = 0; i < s->f->model.linears; i++)
     for (int end = 0; end < 2 && s->f->model.linear[i].quantized; end++)
-      s->k->upload(s->k, l->lwc.parameter + end * l->lwc.groups + l->lwc.first[i], clipping(s, "", i, end),
+      s->k->upload(s->k, l->lwc.parameter + l->lwc.first[i] + end * groups_of(&l->lwc.shape[i]), clipping(s, "", i, end),
                    (size_t)groups_of(&l->lwc.shape[i]) * sizeof(float));
   lwc_update_factors(&l->lwc);
   for (int place = 0; place < LET_PLACES; place++) {
@@ -175,8 +175,8 @@ static void check_gradients(struct setup *s, const float *gradient) {
   struct learner *l = &s->learner;
   for (int i = 0; i < s->f->model.linears; i++)
     for (int end = 0; end < 2 && s->f->model.linear[i].quantized; end++)
-      check_part(s, gradient + end * l->lwc.groups + l->lwc.first[i], clipping(s, "grad.", i, end), groups_of(&l->lwc.shape[i]),
-                 end ? "beta" : "gamma", s->f->model.linear[i].name);
+      check_part(s, gradient + l->lwc.first[i] + end * groups_of(&l->lwc.shape[i]), clipping(s, "grad.", i, end),
+                 groups_of(&l->lwc.shape[i]), end ? "beta" : "gamma", s->f->model.linear[i].name);
   const float *let = gradient + 2 * l->lwc.groups;
   for (int place = 0; place < LET_PLACES; place++) {
     const char *name = let_place_name((enum let_place)place);
@@ -198,7 +198,7 @@ static void check_quantized(struct setup *s, const char *folder) {
   bound_check(&s->bounds[OUTPUT], peak_error(got, widened(&s->memory, want, n), n), s->where);
   for (int panels = 0; panels < 2; panels++) { /* whole weights, and some rows at a time */
     if (panels) s->block.panel = SMALL_PANEL;
-    learner_backward(l, l->gradient, dy, s->x);
+    learner_backward(l, SAMPLE_WHOLE, l->gradient, dy, s->x);
     s->k->sigmoid_backward(s->k, l->gradient, l->gradient, l->lwc.parameter, 2 * l->lwc.groups);
     check_gradients(s, fetched_floats(&s->memory, l->gradient, l->count));
   }

@@ -62,6 +62,7 @@ static void steps_hold_all_samples(void **context) {
 struct leaves {
   const struct shard *shard;
   int calls[128]; /* of each sample */
+  int early;      /* values that a rank's last sample begins with; 0: it is made at once */
 };
 
 /* A sample's values, of sizes so different that the order of additions shows in the sum. */
@@ -76,6 +77,24 @@ static void leaf(void *context, int local, float *out) {
   assert_in_range(local, 0, leaves->shard->count - 1);
   leaves->calls[sample]++;
   for (int i = 0; i < VALUES; i++) out[i] = leaf_value(sample, i);
+}
+
+/* The same in two parts, with nonsense where the other part is to come. */
+static void begin_leaf(void *context, int local, float *out) {
+  const struct leaves *leaves = context;
+  leaf(context, local, out);
+  for (int i = leaves->early; i < VALUES; i++) out[i] = NAN;
+}
+
+static void finish_leaf(void *context, int local, float *out) {
+  const struct leaves *leaves = context;
+  for (int i = leaves->early; i < VALUES; i++) out[i] = leaf_value(shard_sample(leaves->shard, local), i);
+}
+
+/* A lane of a device that does all at once. */
+static void no_order(struct kernels *k, struct lane *lane) {
+  (void)k;
+  (void)lane;
 }
 
 /* What world_allreduce does on all ranks: in the round of distance d partners rank and rank ^ d add what the other holds. */
@@ -94,14 +113,17 @@ static void combine(float values[MOST_RANKS][VALUES], int size) {
 }
 
 /* sum[rank]: a step's sum as each of `size` ranks has it. */
-static void step_sum(struct memory *d, int samples, int batch, int size, int step, float sum[MOST_RANKS][VALUES], struct leaves *leaves) {
+static void sum_of_step(struct memory *d, int samples, int batch, int size, int step, float sum[MOST_RANKS][VALUES],
+                        struct leaves *leaves) {
   struct world alone = {.size = 1}; /* leaves every rank's part as it is, for combine */
   for (int rank = 0; rank < size; rank++) {
     struct shard shard;
     shard_init(&shard, samples, batch, rank, size);
     float *out = poisoned_floats(d, VALUES), *scratch = poisoned_floats(d, (int64_t)shard_scratch(&shard, VALUES));
+    struct step_sum what = {leaf, leaves, d->k, &alone, out, scratch, .count = VALUES};
     leaves->shard = &shard;
-    shard_step_sum(&shard, step, leaf, leaves, d->k, &alone, out, scratch, VALUES);
+    if (leaves->early) what.begin = begin_leaf, what.rest = finish_leaf, what.early = leaves->early;
+    shard_step_sum(&shard, step, &what);
     d->k->download(d->k, sum[rank], out, sizeof *sum);
     memory_free(d);
   }
@@ -120,20 +142,22 @@ static void plain_sum(int samples, int batch, int step, double sum[VALUES], doub
 
 static void check_sums(struct memory *d, struct bound *bound, int samples, int batch, int size) {
   struct shard shard;
-  struct leaves leaves = {0}, ignored = {0};
+  struct leaves leaves = {0}, ignored = {0}, beside = {.early = VALUES / 3};
   char where[80];
   snprintf(where, sizeof where, "%d samples, batch %d, %d ranks", samples, batch, size);
   shard_init(&shard, samples, batch, 0, size);
   for (int step = 0; step < shard.steps; step++) {
-    float one[MOST_RANKS][VALUES], sum[MOST_RANKS][VALUES];
+    float one[MOST_RANKS][VALUES], sum[MOST_RANKS][VALUES], parts[MOST_RANKS][VALUES];
     double want[VALUES], magnitude[VALUES];
-    step_sum(d, samples, batch, 1, step, one, &ignored);
-    step_sum(d, samples, batch, size, step, sum, &leaves);
+    sum_of_step(d, samples, batch, 1, step, one, &ignored);
+    sum_of_step(d, samples, batch, size, step, sum, &leaves);
+    sum_of_step(d, samples, batch, size, step, parts, &beside);
     plain_sum(samples, batch, step, want, magnitude);
     for (int rank = 0; rank < size; rank++) {
       for (int i = 0; i < VALUES; i++) bound_check(bound, fabs(sum[rank][i] - want[i]) / magnitude[i], where);
       if ((size & (size - 1)) == 0) assert_memory_equal(sum[rank], one[0], sizeof *sum);
       assert_memory_equal(sum[rank], sum[0], sizeof *sum);
+      assert_memory_equal(parts[rank], sum[rank], sizeof *sum);
     }
   }
   for (int sample = 0; sample < samples; sample++) assert_int_equal(leaves.calls[sample], 1);
@@ -145,6 +169,7 @@ static void sums_are_the_same_for_any_power_of_two(void **context) {
   struct error error = {0};
   struct memory d = {.k = kernels_open("cpu", 1, 0, &error)};
   assert_non_null(d.k);
+  d.k->follow = d.k->use = d.k->join = no_order;
   for (int i = 0; i < CASES; i++)
     for (int size = 1; size <= MOST_RANKS; size++) check_sums(&d, &bound, sample_counts[i / 10], batches[i % 10], size);
   d.k->close(d.k);

@@ -49,6 +49,7 @@ static void fill_table(struct kernels *k) {
   k->send = lane_send;
   k->follow = lane_follow;
   k->join = lane_join;
+  k->use = lane_use;
   k->idle = lane_idle;
   k->repeat = repeat;
   k->forget = forget;
@@ -137,7 +138,7 @@ static int open_device(struct kernels *k, int device, struct error *error) {
   cuda->device = device;
   if ((code = cudaSetDevice(device)) != cudaSuccess || (code = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) != cudaSuccess)
     return error_set(error, ERROR_WORK, "--backend cuda: device %d cannot be used: %s", device, cudaGetErrorString(code));
-  cuda->stream = stream;
+  cuda->stream = cuda->works = stream;
   snprintf(cuda->level, sizeof cuda->level, "%.70s", properties.name);
 #ifdef OMNIQUANT_CUDNN
   cuda->cudnn = cudnn_open(stream, 10 * properties.major + properties.minor);

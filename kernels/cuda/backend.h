@@ -27,7 +27,8 @@ struct cuda_profile {
 
 struct backend {
   int device;          /* number among the visible ones */
-  void *stream;        /* cudaStream_t: everything runs on this one */
+  void *stream;        /* cudaStream_t that operations run on: the work's, or a lane's while that is used */
+  void *works;         /* the work's */
   void *products;      /* cuBLASLt's objects (cublas.h) */
   struct cudnn *cudnn; /* attention's plans (cudnn.h); NULL: by own kernels */
   char *scratch;       /* grown by cuda_scratch, kept */

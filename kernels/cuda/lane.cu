@@ -45,7 +45,9 @@ static struct lane *lane_open(struct kernels *k) {
     error_set(&k->state->failure, ERROR_WORK, "out of memory for a stream of copies");
     return NULL;
   }
-  bool opened = cuda_check(k, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "opening a stream");
+  int least, greatest; /* what goes beside the work is short, and others wait for it */
+  bool opened = cuda_check(k, cudaDeviceGetStreamPriorityRange(&least, &greatest), "asking for priorities") &&
+                cuda_check(k, cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "opening a stream");
   lane->stream = stream;
   opened = opened && cuda_check(k, cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "opening an event");
   lane->event = event;
@@ -65,11 +67,15 @@ static void lane_order(struct kernels *k, struct lane *lane, cudaStream_t earlie
 }
 
 static void lane_follow(struct kernels *k, struct lane *lane) {
-  lane_order(k, lane, cuda_stream(k), stream_of(lane));
+  lane_order(k, lane, (cudaStream_t)k->state->works, stream_of(lane));
 }
 
 static void lane_join(struct kernels *k, struct lane *lane) {
-  lane_order(k, lane, stream_of(lane), cuda_stream(k));
+  lane_order(k, lane, stream_of(lane), (cudaStream_t)k->state->works);
+}
+
+static void lane_use(struct kernels *k, struct lane *lane) {
+  k->state->stream = lane ? lane->stream : k->state->works;
 }
 
 static bool lane_idle(struct kernels *k, struct lane *lane, bool wait) {
