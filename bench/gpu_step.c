@@ -13,7 +13,7 @@
 
 struct arguments {
   const char *config;
-  int tokens, bits, abits, group, batch, steps;
+  int tokens, bits, abits, group, batch, steps, panel;
   bool let, own_attention, no_graphs;
 };
 
@@ -26,6 +26,7 @@ static const struct argp_option options[] = {
     {"group", 'g', "N", 0, "group size, 0 for a row (128)", 0},
     {"batch", 'B', "N", 0, "samples a step (1)", 0},
     {"steps", 's', "N", 0, "timed steps (20)", 0},
+    {"panel", 'p', "N", 0, "weights whose gradient is made at a time (2^24; not more)", 0},
     {"own-attention", 'o', NULL, 0, "attention by the backend's own kernels, not by cuDNN", 0},
     {"no-graphs", 'n', NULL, 0, "launch every kernel by itself, in no CUDA graph", 0},
     {0},
@@ -33,7 +34,8 @@ static const struct argp_option options[] = {
 
 static error_t parse(int key, char *text, struct argp_state *state) {
   struct arguments *a = state->input;
-  int *fields[128] = {['T'] = &a->tokens, ['b'] = &a->bits, ['a'] = &a->abits, ['g'] = &a->group, ['B'] = &a->batch, ['s'] = &a->steps};
+  int *fields[128] = {
+      ['T'] = &a->tokens, ['b'] = &a->bits, ['a'] = &a->abits, ['g'] = &a->group, ['B'] = &a->batch, ['s'] = &a->steps, ['p'] = &a->panel};
   if (key == 'l') return a->let = true, 0;
   if (key == 'o') return a->own_attention = true, 0;
   if (key == 'n') return a->no_graphs = true, 0;
@@ -141,6 +143,7 @@ static int setup_open(struct setup *s, struct error *error) {
   if (!s->k || rank_open_block(&s->rank, &s->model, &s->recipe, s->k, error) || rank_open_learner(&s->rank, &s->recipe, 1, error) ||
       rank_fill(&s->rank, error))
     return error->code;
+  if (a->panel > 0 && a->panel < s->rank.block.panel) s->rank.block.panel = a->panel;
   block_load(&s->rank.block, s->rank.image);
   return 0;
 }
@@ -184,20 +187,20 @@ static int run(struct setup *s, struct error *error) {
     flops += profile.timing[i].flops;
   }
   printf("{\"config\": \"%s\", \"device\": \"%s\", \"tokens\": %d, \"batch\": %d, \"wbits\": %d, \"group\": %d, \"abits\": %d, \"let\": "
-         "%s, \"graphs\": %s, \"step_ms\": %.3f, "
+         "%s, \"graphs\": %s, \"panel\": %lld, \"step_ms\": %.3f, "
          "\"sample_ms\": %.3f, \"products_ms\": %.3f, \"tflop\": %.3f, \"memory_gb\": %.2f, \"attention_by_cudnn\": %lld, \"skipped\": %d, "
          "\"copy_gb_s\": %.0f, "
          "\"product_tflop_s\": %.0f",
          a->config, s->k->level, a->tokens, a->batch, a->bits, a->group, a->abits, a->let ? "true" : "false",
-         a->no_graphs ? "false" : "true", 1e3 * seconds, 1e3 * seconds / a->batch, 1e3 * products, flops / 1e12, (double)taken / 1e9,
-         (long long)library_attention, state.skipped, limits.bandwidth / 1e9, limits.flops / 1e12);
+         a->no_graphs ? "false" : "true", (long long)s->rank.block.panel, 1e3 * seconds, 1e3 * seconds / a->batch, 1e3 * products,
+         flops / 1e12, (double)taken / 1e9, (long long)library_attention, state.skipped, limits.bandwidth / 1e9, limits.flops / 1e12);
   print_timings(&profile, &limits);
   printf("}\n");
   return 0;
 }
 
 int main(int argc, char **argv) {
-  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, false, false, false}};
+  static struct setup setup = {.arguments = {NULL, 2048, 3, 16, 128, 1, 20, 0, false, false, false}};
   struct error error = {0};
   const struct argp argp = {options, parse, NULL, "Times a training step of a block on a GPU, and each of its operations.",
                             NULL,    NULL,  NULL};
