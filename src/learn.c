@@ -250,10 +250,9 @@ static void take_vector_gradient(void *context, int tensor, const float *d) {
 void learner_backward(struct learner *l, enum sample_part part, float *gradient, const data *dy, const data *x) {
   struct sink_context context = {l, gradient};
   struct gradient_sink sink = {take_weight_gradient, l->recipe->let ? take_vector_gradient : NULL, &context};
-  if (part != SAMPLE_REST) {
-    l->k->clear(l->k, gradient, (size_t)l->count * sizeof *gradient); /* experts without tokens give none, and LET's are added up */
-    block_backward_mlp(l->block, BLOCK_QUANTIZED, false, dy, &sink);
-  }
+  bool cleared = l->block->model->experts > 0 || l->recipe->let; /* experts without tokens give none, and LET's are added up */
+  if (part != SAMPLE_REST && cleared) l->k->clear(l->k, gradient, (size_t)l->count * sizeof *gradient);
+  if (part != SAMPLE_REST) block_backward_mlp(l->block, BLOCK_QUANTIZED, false, dy, &sink);
   if (part != SAMPLE_BEGINNING) block_backward_attention(l->block, BLOCK_QUANTIZED, NULL, x, &sink);
 }
 
