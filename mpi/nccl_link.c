@@ -74,19 +74,20 @@ static void keep(void *context, float *values, const float *other, size_t count)
   (void)context, (void)values, (void)other, (void)count;
 }
 
-/* Each kind of operation once. The first ones connect the ranks, which wait for each other on the host meanwhile, and take NCCL's buffers, which may be
- * more than a gigabyte: before what is free is dealt out to samples. */
+/* Each kind of operation once, and what NCCL does in another way the longer it is (broadcasts always go round a ring) at every length. The first ones
+ * connect the ranks, which wait for each other on the host meanwhile, and take NCCL's buffers, which may be more than a gigabyte: before what is free is
+ * dealt out to samples. */
 static int connect_ranks(struct nccl *nccl, struct kernels *k, struct error *error) {
-  enum { COUNT = 64 };
+  enum { COUNT = 64, LONGEST = 1 << 18 /* more than a block has columns */ };
   const struct tree_link link = {nccl, nccl_exchange, keep};
   const struct world *world = nccl->world;
-  float *values = k->allocate(k, 2 * COUNT * sizeof *values);
+  float *values = k->allocate(k, LONGEST * sizeof *values);
   if (!values) {
     error_set(error, ERROR_WORK, "rank %d: out of memory on %s for NCCL", world->rank, k->name);
     world_abort(nccl->world, error); /* the others wait in what follows */
   }
   tree_sum(&link, world->rank, world->size, values, COUNT, values + COUNT);
-  nccl_largest(nccl, values, COUNT);
+  for (size_t count = COUNT; count <= LONGEST; count *= 4) nccl_largest(nccl, values, count);
   require(nccl, ncclBroadcast(values, values, COUNT, ncclFloat, 0, nccl->communicator, stream_of(nccl)), "broadcast");
   k->synchronize(k, error);
   k->release(k, values);

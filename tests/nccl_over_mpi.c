@@ -20,6 +20,7 @@ struct ncclComm {
   MPI_Comm carrier;
   int rank;
   bool met[MOST_RANKS]; /* partners that are connected */
+  size_t longest;       /* that was reduced: longer ones may go another way */
   bool opened;
 };
 
@@ -128,6 +129,8 @@ ncclResult_t ncclGroupEnd(void) {
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
                            cudaStream_t stream) {
   must(from == to && type == ncclFloat && op == ncclMax, "what is reduced are floats in place, to the largest");
+  must(count <= comm->longest || !comm->opened, "a way of reducing is connected late");
+  if (count > comm->longest) comm->longest = count;
   cudaStreamSynchronize(stream);
   MPI_Allreduce(MPI_IN_PLACE, to, (int)count, MPI_FLOAT, MPI_MAX, comm->carrier);
   return ncclSuccess;
