@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 enum { MOST_RANKS = 8 };
+static int rank_of_all; /* of this process, once it has opened a communicator */
 
 const char *nccl_failure = "";
 int nccl_communicators;
@@ -72,7 +73,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int size, ncclUniqueId id, int r
   MPI_Comm_size((*comm)->carrier, &found_size);
   MPI_Comm_rank((*comm)->carrier, &found_rank);
   must(size == found_size && rank == found_rank && size <= MOST_RANKS, "the ranks that have an id are not the communicator's");
-  (*comm)->rank = of_all;
+  (*comm)->rank = rank_of_all = of_all;
   nccl_communicators++;
   return ncclSuccess;
 }
@@ -87,6 +88,32 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *result) {
   *result = strcmp(nccl_failure, "later") == 0 && comm->rank == 1 && comm->opened ? ncclRemoteError : ncclSuccess;
   return ncclSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  (void)device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+  (void)flags;
+  *stream = NULL;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  (void)stream;
+  return cudaSuccess;
+}
+
+/* Of a stream that nothing is asked of. */
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  (void)stream;
+  return strcmp(nccl_failure, "device") == 0 && rank_of_all == 1 ? cudaErrorECCUncorrectable : cudaSuccess;
+}
+
+const char *cudaGetErrorString(cudaError_t code) {
+  return code == cudaSuccess ? "no error" : "made up";
 }
 
 ncclResult_t ncclGroupStart(void) {
