@@ -9,7 +9,8 @@
 #include <time.h>
 
 enum { IN_FLIGHT = 4, PIECES = 32, LINK_PIECES = 16 /* few steps may have to do */ };
-static const size_t SMALLEST_PIECE = (size_t)1 << 20, LARGEST_PIECE = (size_t)1 << 28;
+static const size_t SMALLEST_PIECE = (size_t)1 << 20, LARGEST_PIECE = (size_t)1 << 28,
+                    PIECE_STEP = 256 /* devices carry what is not aligned slowly */;
 
 enum reader_state { READER_IDLE, READER_READING, READER_DONE, READER_QUIT };
 enum transfer_state { TRANSFER_STATUS, TRANSFER_PIECES, TRANSFER_COPY, TRANSFER_COMPLETE };
@@ -89,7 +90,7 @@ static void image_begin(struct stream *s) {
 /* Begins the transfer of s->item: nothing is posted before rank 0 has read it. */
 static void item_begin(struct stream *s) {
   size_t bytes = s->source.bytes(s->source.context, s->item);
-  size_t piece = bytes / (s->link ? LINK_PIECES : PIECES);
+  size_t piece = (bytes / (s->link ? LINK_PIECES : PIECES) + PIECE_STEP - 1) / PIECE_STEP * PIECE_STEP;
   s->piece = piece < SMALLEST_PIECE ? SMALLEST_PIECE : piece > LARGEST_PIECE ? LARGEST_PIECE : piece;
   s->posted = s->sent = 0;
   s->transfer = TRANSFER_STATUS;

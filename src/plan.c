@@ -44,7 +44,7 @@ static void find_times(struct plan *plan, const struct rehearsal *work) {
   plan->step_seconds = time_of(machine, &work->step, plan->step);
   plan->block_seconds = time_of(machine, &work->block, plan->block);
   plan->beside_seconds = plan->early_bytes > 0 ? time_of(machine, &work->rest, unused) : 0;
-  double early = machine_allreduce_seconds(machine, plan->ranks, plan->early_bytes) - plan->beside_seconds,
+  double early = plan->early_bytes > 0 ? machine_allreduce_seconds(machine, plan->ranks, plan->early_bytes) - plan->beside_seconds : 0,
          reduce = machine_allreduce_seconds(machine, plan->ranks, plan->gradient_bytes - plan->early_bytes) + larger(early, 0);
   if (work->steps > 0) plan->step[PLAN_ALLREDUCE] = reduce;
   plan->step_seconds += plan->step[PLAN_ALLREDUCE];

@@ -1,6 +1,7 @@
 /* nccl_link.c: on several ranks (ranks.bash): mpi/nccl_link.c over an NCCL that is none: MPI carries what it asks for, at once, and memory of the host
  * stands for a device's. Sums are those of host memory, in teams too; all that NCCL connects late is connected when a communicator is opened. With an
- * argument, a failure of rank 1 has to end all ranks: in opening, while the others wait in it (init), or later, while they wait for the device (later). */
+ * argument, a failure of rank 1 has to end all ranks: in opening, while the others wait in it (init), or later, while they wait for the device (later),
+ * also one of its device, of which NCCL says nothing (device). */
 #include "nccl_link.h"
 
 #include <setjmp.h>

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 enum { MOST_RANKS = 8 };
+static int rank_of_all; /* of this process, once it has opened a communicator */
 
 const char *nccl_failure = "";
 int nccl_communicators;
@@ -20,6 +21,7 @@ struct ncclComm {
   MPI_Comm carrier;
   int rank;
   bool met[MOST_RANKS]; /* partners that are connected */
+  size_t longest;       /* that was reduced: longer ones may go another way */
   bool opened;
 };
 
@@ -71,7 +73,7 @@ ncclResult_t ncclCommInitRank(ncclComm_t *comm, int size, ncclUniqueId id, int r
   MPI_Comm_size((*comm)->carrier, &found_size);
   MPI_Comm_rank((*comm)->carrier, &found_rank);
   must(size == found_size && rank == found_rank && size <= MOST_RANKS, "the ranks that have an id are not the communicator's");
-  (*comm)->rank = of_all;
+  (*comm)->rank = rank_of_all = of_all;
   nccl_communicators++;
   return ncclSuccess;
 }
@@ -86,6 +88,32 @@ ncclResult_t ncclCommDestroy(ncclComm_t comm) {
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *result) {
   *result = strcmp(nccl_failure, "later") == 0 && comm->rank == 1 && comm->opened ? ncclRemoteError : ncclSuccess;
   return ncclSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  (void)device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+  (void)flags;
+  *stream = NULL;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  (void)stream;
+  return cudaSuccess;
+}
+
+/* Of a stream that nothing is asked of. */
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  (void)stream;
+  return strcmp(nccl_failure, "device") == 0 && rank_of_all == 1 ? cudaErrorECCUncorrectable : cudaSuccess;
+}
+
+const char *cudaGetErrorString(cudaError_t code) {
+  return code == cudaSuccess ? "no error" : "made up";
 }
 
 ncclResult_t ncclGroupStart(void) {
@@ -128,6 +156,8 @@ ncclResult_t ncclGroupEnd(void) {
 ncclResult_t ncclAllReduce(const void *from, void *to, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
                            cudaStream_t stream) {
   must(from == to && type == ncclFloat && op == ncclMax, "what is reduced are floats in place, to the largest");
+  must(count <= comm->longest || !comm->opened, "a way of reducing is connected late");
+  if (count > comm->longest) comm->longest = count;
   cudaStreamSynchronize(stream);
   MPI_Allreduce(MPI_IN_PLACE, to, (int)count, MPI_FLOAT, MPI_MAX, comm->carrier);
   return ncclSuccess;

@@ -3,7 +3,8 @@
 #ifndef OMNIQUANT_NCCL_OVER_MPI_H
 #define OMNIQUANT_NCCL_OVER_MPI_H
 
-/* Of rank 1 alone: "init": it cannot open a communicator; "later": a communicator that has connected its ranks reports a failure. Else "". */
+/* Of rank 1 alone: "init": it cannot open a communicator; "later": a communicator that has connected its ranks reports a failure; "device": NCCL reports
+ * none, but the device has failed. Else "". */
 extern const char *nccl_failure;
 
 /* Communicators that are open. */

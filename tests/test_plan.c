@@ -234,6 +234,24 @@ static void test_times_by_hand(void **state) {
   assert_true(machine_seconds(&machine, TRACE_copy, &copy) == 6);
 }
 
+/* On CPUs one sum a step, on cards two, the first beside the backward pass of attention, where that is longer; none on one rank. */
+static void test_sums_of_a_step(void **state) {
+  (void)state;
+  struct recipe recipe;
+  recipe_init(&recipe);
+  for (int card = 0; card < 2; card++)
+    for (int ranks = 1; ranks <= 64; ranks *= 8) {
+      struct plan_options options = options_of("llama-2-7b", card ? "h100" : NULL, ranks);
+      struct plan *plan = make(&options, &recipe);
+      double early = machine_allreduce_seconds(&plan->machine, ranks, plan->early_bytes) - plan->beside_seconds,
+             late = machine_allreduce_seconds(&plan->machine, ranks, plan->gradient_bytes - plan->early_bytes);
+      assert_true(card ? plan->early_bytes > 0 && plan->beside_seconds > 0 : plan->early_bytes == 0 && plan->beside_seconds == 0);
+      assert_true(fabs(plan->step[PLAN_ALLREDUCE] - late - (card && early > 0 ? early : 0)) < 1e-12);
+      assert_true(ranks > 1 ? late > 0 : late == 0);
+      free(plan);
+    }
+}
+
 static void test_limits(void **state) {
   (void)state;
   const char *path = "machine.json";
@@ -337,6 +355,7 @@ int main(void) {
       cmocka_unit_test(test_rehearsal_without_backend),
       cmocka_unit_test(test_public_models),
       cmocka_unit_test(test_ranks_of_a_node),
+      cmocka_unit_test(test_sums_of_a_step),
       cmocka_unit_test(test_step_of_llama_2_7b),
       cmocka_unit_test(test_times_by_hand),
       cmocka_unit_test(test_limits),
