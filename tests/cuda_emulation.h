@@ -530,6 +530,7 @@ CUDA_CALL cudaError_t cudaMalloc(void **memory, size_t bytes) {
   else if (posix_memalign(memory, 256, bytes))
     *memory = NULL;
   if (!*memory) return cudaErrorMemoryAllocation;
+  if (!emulation::dry) memset(*memory, 0xff, bytes); /* NaN */
   emulation::allocations[(const char *)*memory] = bytes;
   emulation::bytes_taken += bytes;
   if (emulation::dry) emulation::dry_count(bytes);
