@@ -343,15 +343,18 @@ inline void issue(void *on, std::function<void()> work) {
     ask(s, {work, NULL, 0});
 }
 
-inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
-  bool reversed = launches++ % 2;
+/* Whether a device takes a launch, and is there to run it. */
+inline bool may_run(int threads, size_t shared_bytes) {
   const size_t most = dry ? dry->shared_bytes : 227 * 1024; /* a multiprocessor of compute capability 9.0 has no more for one block */
   if (threads <= 0 || threads > 1024 || threads % 32) fail("%d threads a block", threads);
   if (shared_bytes > most) fail("%zu bytes of shared memory, of %zu", shared_bytes, most);
-  if (dry) {
-    dry->launches++;
-    return;
-  }
+  if (dry) dry->launches++;
+  return !dry;
+}
+
+inline void run_now(dim3 blocks, int threads, size_t shared_bytes, std::function<void()> kernel) {
+  bool reversed = launches++ % 2;
+  if (!may_run(threads, shared_bytes)) return;
   grid = blocks;
   block = dim3((unsigned)threads);
   body = kernel;
@@ -472,12 +475,16 @@ inline float __fmul_rn(float a, float b) {
   return product;
 }
 
-/* ---- the runtime ---- */
+/* ---- the runtime: numbers are CUDA's own, since ptx_runtime.cpp shows these functions to what is compiled with CUDA's headers ---- */
+
+#ifndef CUDA_CALL
+#define CUDA_CALL inline
+#endif
 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNotReady = 600 };
-enum { cudaStreamNonBlocking = 0, cudaEventDisableTiming = 0, cudaHostAllocDefault = 0 };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0 };
 enum { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 enum { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
 struct cudaPointerAttributes {
@@ -488,17 +495,17 @@ struct cudaDeviceProp {
   int major, minor;
 };
 
-inline const char *cudaGetErrorString(cudaError_t) {
+CUDA_CALL const char *cudaGetErrorString(cudaError_t) {
   return "out of memory";
 }
-inline cudaError_t cudaGetLastError() {
+CUDA_CALL cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceCount(int *count) {
   *count = 1;
   return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) {
+CUDA_CALL cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) { /* asked for by who opens it */
@@ -510,12 +517,12 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int) { /*
 
 /* ---- memory ---- */
 
-inline cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
+CUDA_CALL cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
   *total = emulation::memory_bytes();
   *free_bytes = *total - emulation::bytes_taken;
   return cudaSuccess;
 }
-inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
+CUDA_CALL cudaError_t cudaMalloc(void **memory, size_t bytes) {
   if (emulation::refused("memory is allocated")) return 2;
   if (bytes > emulation::memory_bytes() - emulation::bytes_taken) return cudaErrorMemoryAllocation;
   if (emulation::dry)
@@ -523,12 +530,13 @@ inline cudaError_t cudaMalloc(void **memory, size_t bytes) {
   else if (posix_memalign(memory, 256, bytes))
     *memory = NULL;
   if (!*memory) return cudaErrorMemoryAllocation;
+  if (!emulation::dry) memset(*memory, 0xff, bytes); /* NaN */
   emulation::allocations[(const char *)*memory] = bytes;
   emulation::bytes_taken += bytes;
   if (emulation::dry) emulation::dry_count(bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaFree(void *memory) {
+CUDA_CALL cudaError_t cudaFree(void *memory) {
   auto found = emulation::allocations.find((const char *)memory);
   if (!memory) return cudaSuccess;
   if (emulation::refused("memory is freed")) return 2;
@@ -548,21 +556,21 @@ inline cudaError_t cudaFree(void *memory) {
   return cudaSuccess;
 }
 /* Full of NaN. */
-inline cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
+CUDA_CALL cudaError_t cudaHostAlloc(void **memory, size_t bytes, int) {
   if (emulation::refused("host memory is pinned")) return 2;
   if (posix_memalign(memory, 256, bytes)) return cudaErrorMemoryAllocation;
   memset(*memory, 0xff, bytes);
   emulation::pinned[(const char *)*memory] = bytes;
   return cudaSuccess;
 }
-inline cudaError_t cudaFreeHost(void *memory) {
+CUDA_CALL cudaError_t cudaFreeHost(void *memory) {
   if (emulation::refused("host memory is freed")) return 2;
   emulation::run_all();
   emulation::pinned.erase((const char *)memory);
   free(memory);
   return cudaSuccess;
 }
-inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory) {
+CUDA_CALL cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const void *memory) {
   attributes->type = emulation::bytes_behind(memory)                      ? cudaMemoryTypeDevice
                      : emulation::bytes_behind(memory, emulation::pinned) ? cudaMemoryTypeHost
                                                                           : cudaMemoryTypeUnregistered;
@@ -573,12 +581,12 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, c
 
 typedef emulation::event *cudaEvent_t;
 
-inline cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
+CUDA_CALL cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   *least = 0;
   *greatest = -5;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
+CUDA_CALL cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   emulation::stream *made = new emulation::stream();
   made->works = emulation::opening;
   emulation::opening = false;
@@ -586,47 +594,47 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, int) {
   *stream = made;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, int flags, int) {
+CUDA_CALL cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, int flags, int) {
   return cudaStreamCreateWithFlags(stream, flags);
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (emulation::refused("the host waits")) return 2;
   emulation::run_until((emulation::stream *)stream, ((emulation::stream *)stream)->asked);
   return cudaSuccess;
 }
 /* Who asks often enough sees it done. */
-inline cudaError_t cudaStreamQuery(cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaStreamQuery(cudaStream_t stream) {
   emulation::stream *s = (emulation::stream *)stream;
   if (s->done == s->asked) return cudaSuccess;
   emulation::run_until(s, s->done + 1);
   return cudaErrorNotReady;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   emulation::run_all();
   for (size_t i = 0; i < emulation::streams.size(); i++)
     if (emulation::streams[i] == stream) emulation::streams.erase(emulation::streams.begin() + (long)i);
   delete (emulation::stream *)stream;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
+CUDA_CALL cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, int) {
   *event = new emulation::event();
   return cudaSuccess;
 }
-inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+CUDA_CALL cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   if (emulation::refused("streams are ordered")) return 2;
   *event = {(emulation::stream *)stream, ((emulation::stream *)stream)->asked};
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, int) {
+CUDA_CALL cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, int) {
   emulation::ask((emulation::stream *)stream, {NULL, event->of, event->at});
   return cudaSuccess;
 }
 /* Of a dry device only zeros come back. */
-inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int kind, cudaStream_t stream) {
   if (kind != cudaMemcpyDeviceToDevice && emulation::refused("the host's memory is copied")) return 2;
   if (kind == cudaMemcpyDefault) {
     emulation::check_end(to, bytes);
@@ -641,7 +649,7 @@ inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, int
     memset(to, 0, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t stream) {
   emulation::check_range("a clear", memory, bytes);
   if (!emulation::dry) emulation::issue(stream, [=] { memset(memory, value, bytes); });
   return cudaSuccess;
@@ -650,32 +658,32 @@ inline cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaSt
 /* ---- graphs ---- */
 
 typedef emulation::graph *cudaGraph_t, *cudaGraphExec_t;
-enum { cudaStreamCaptureModeThreadLocal = 0 };
+enum { cudaStreamCaptureModeThreadLocal = 1 };
 
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+CUDA_CALL cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
   emulation::recorded = new emulation::graph;
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+CUDA_CALL cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
   *graph = emulation::recorded;
   emulation::recorded = NULL;
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, int) {
+CUDA_CALL cudaError_t cudaGraphInstantiate(cudaGraphExec_t *made, cudaGraph_t graph, int) {
   *made = new emulation::graph(*graph);
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+CUDA_CALL cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   emulation::issue(stream, [=] {
     for (const std::function<void()> &work : *graph) work();
   });
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+CUDA_CALL cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   delete graph;
   return cudaSuccess;
 }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+CUDA_CALL cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   emulation::run_all();
   delete graph;
   return cudaSuccess;
@@ -692,15 +700,20 @@ typedef int cublasLtMatmulPreferenceAttributes_t;
 enum { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
 enum { CUBLAS_OP_N, CUBLAS_OP_T };
 enum { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
-enum { CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_16BF };
-enum { CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_BIAS_POINTER };
+enum { CUBLAS_COMPUTE_32F = 68, CUDA_R_32F = 0, CUDA_R_16BF = 14 };
 enum {
-  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, /* these are numbers in an array */
+  CUBLASLT_MATMUL_DESC_TRANSA = 3,
+  CUBLASLT_MATMUL_DESC_TRANSB = 4,
+  CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
+  CUBLASLT_MATMUL_DESC_BIAS_POINTER = 8
+};
+enum {
+  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+  CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, /* and on: of B, C, D */
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-  CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
 };
 enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2, CUBLASLT_REDUCTION_SCHEME_MASK = 7 }; /* 1 and 4: parts of the output's type */
 
@@ -721,9 +734,12 @@ struct cublasLtMatmulPreference {
 struct cublasLtMatmulAlgo_t {
   uint64_t m, n, k; /* what it was chosen for */
   cublasLtMatmulPreference preference;
+  uint64_t unused[1];
 };
+static_assert(sizeof(cublasLtMatmulAlgo_t) == 64, "the size of the library's");
 struct cublasLtMatmulHeuristicResult_t {
   cublasLtMatmulAlgo_t algo;
+  size_t workspace;
   cublasStatus_t state;
 };
 typedef int *cublasLtHandle_t;
@@ -769,27 +785,27 @@ inline std::vector<float> widened(const uint16_t *x, const cublasLtMatrixLayout 
 
 } // namespace emulation
 
-inline const char *cublasLtGetStatusString(cublasStatus_t status) {
+CUDA_CALL const char *cublasLtGetStatusString(cublasStatus_t status) {
   return status == CUBLAS_STATUS_NOT_SUPPORTED ? "CUBLAS_STATUS_NOT_SUPPORTED" : "CUBLAS_STATUS_INVALID_VALUE";
 }
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
+CUDA_CALL cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
   *handle = new int(0);
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+CUDA_CALL cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
   delete handle;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, int compute, int scale) {
+CUDA_CALL cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, int compute, int scale) {
   if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F) return CUBLAS_STATUS_INVALID_VALUE;
   *d = new cublasLtMatmulDesc;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+CUDA_CALL cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
   delete d;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, int what, const void *value, size_t bytes) {
+CUDA_CALL cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, int what, const void *value, size_t bytes) {
   void *to = what == CUBLASLT_MATMUL_DESC_TRANSA     ? (void *)&d->operation[0]
              : what == CUBLASLT_MATMUL_DESC_TRANSB   ? (void *)&d->operation[1]
              : what == CUBLASLT_MATMUL_DESC_EPILOGUE ? (void *)&d->epilogue
@@ -798,48 +814,50 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, int
   memcpy(to, value, bytes);
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, int type, uint64_t rows, uint64_t columns,
-                                                 int64_t stride) {
+CUDA_CALL cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, int type, uint64_t rows, uint64_t columns,
+                                                    int64_t stride) {
   if (type != CUDA_R_16BF) return CUBLAS_STATUS_INVALID_VALUE;
   *layout = new cublasLtMatrixLayout{rows, columns, stride};
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
+CUDA_CALL cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) {
   delete layout;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
+CUDA_CALL cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
   *preference = new cublasLtMatmulPreference{{256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK, 0}; /* the library's own defaults */
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+CUDA_CALL cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
   delete preference;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, int what, const void *value,
-                                                           size_t bytes) {
-  void *to = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES     ? (void *)&preference->workspace
-             : what == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK ? (void *)&preference->reduction
-                                                                  : (void *)&preference->alignment[what];
+CUDA_CALL cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, int what, const void *value,
+                                                              size_t bytes) {
+  void *to = what == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES ? (void *)&preference->workspace
+             : what == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK
+                 ? (void *)&preference->reduction
+                 : (void *)&preference->alignment[what - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES];
   if (bytes != (to == &preference->workspace ? sizeof preference->workspace : sizeof(uint32_t))) return CUBLAS_STATUS_INVALID_VALUE;
   memcpy(to, value, bytes);
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
-                                                     cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t,
-                                                     cublasLtMatmulPreference_t preference, int, cublasLtMatmulHeuristicResult_t *result,
-                                                     int *found) {
+CUDA_CALL cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a,
+                                                        cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t,
+                                                        cublasLtMatmulPreference_t preference, int, cublasLtMatmulHeuristicResult_t *result,
+                                                        int *found) {
   auto sizes = emulation::sizes_of(d, a, b, c);
   if (!sizes.fit) return CUBLAS_STATUS_INVALID_VALUE;
-  result->algo = {sizes.m, sizes.n, sizes.k, *preference};
+  result->algo = {sizes.m, sizes.n, sizes.k, *preference, {0}};
   result->state = CUBLAS_STATUS_SUCCESS;
   *found = 1;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const float *alpha, const void *a,
-                                     cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout, const float *beta,
-                                     const void *c, cublasLtMatrixLayout_t c_layout, void *to, cublasLtMatrixLayout_t to_layout,
-                                     const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+CUDA_CALL cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const float *alpha, const void *a,
+                                        cublasLtMatrixLayout_t a_layout, const void *b, cublasLtMatrixLayout_t b_layout, const float *beta,
+                                        const void *c, cublasLtMatrixLayout_t c_layout, void *to, cublasLtMatrixLayout_t to_layout,
+                                        const cublasLtMatmulAlgo_t *algorithm, void *workspace, size_t workspace_bytes,
+                                        cudaStream_t stream) {
   auto sizes = emulation::sizes_of(d, a_layout, b_layout, to_layout);
   if (!sizes.fit || c != to || c_layout != to_layout || sizes.m != algorithm->m || sizes.n != algorithm->n || sizes.k != algorithm->k ||
       algorithm->preference.workspace > workspace_bytes)
