@@ -56,9 +56,11 @@ step() {
 
 # brief FILE...: what of a result fits on a line; of one that says none of that its last line.
 brief() {
-  grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode|ratio)": [^,}]*' "$1" | paste -sd' ' | grep . ||
-    cat "$@" 2>/dev/null | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120 | grep . ||
-    cat "$@" 2>/dev/null | grep . | tail -n 1 | cut -c 1-120
+  local line
+  line=$(grep -hoE '"(step_ms|sample_ms|products_ms|memory_gb|attention_by_cudnn|mode|ratio)": [^,}]*' "$1" | paste -sd' ')
+  [ -n "$line" ] || line=$(cat "$@" 2>/dev/null | grep -E 'skipped|ERROR|rror:|PASSED|FAILED|no device' | tail -n 1 | cut -c 1-120)
+  [ -n "$line" ] || line=$(cat "$@" 2>/dev/null | grep . | tail -n 1 | cut -c 1-120)
+  echo "$line"
 }
 
 tests() {
