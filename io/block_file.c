@@ -604,11 +604,15 @@ void quantized_linear_free(struct quantized_linear *linear) {
   linear->scale = NULL;
 }
 
+static void free_contents(struct block_record *record) {
+  for (int i = 0; i < record->linears; i++) quantized_linear_free(&record->linear[i]);
+  for (int i = 0; i < record->folded_arrays; i++) free(record->folded[i].values);
+  for (int i = 0; i < record->calibration_arrays; i++) free(record->calibration[i].values);
+  free(record->timing.values);
+}
+
 void block_record_free(struct block_record *record) {
-  for (int i = 0; i < record->linears && !record->lent; i++) quantized_linear_free(&record->linear[i]);
-  for (int i = 0; i < record->folded_arrays && !record->lent; i++) free(record->folded[i].values);
-  for (int i = 0; i < record->calibration_arrays && !record->lent; i++) free(record->calibration[i].values);
-  if (!record->lent) free(record->timing.values);
+  if (!record->lent) free_contents(record);
   free(record->linear);
   free(record->folded);
   free(record->calibration);

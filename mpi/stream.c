@@ -41,6 +41,11 @@ struct stream {
   struct error read_error;
 };
 
+/* Of the item that is under way. */
+static size_t item_bytes(const struct stream *s) {
+  return s->source.bytes(s->source.context, s->item);
+}
+
 static void require(struct stream *s, int code) {
   if (code == MPI_SUCCESS) return;
   struct error error = {0};
@@ -89,7 +94,7 @@ static void image_begin(struct stream *s) {
 
 /* Begins the transfer of s->item: nothing is posted before rank 0 has read it. */
 static void item_begin(struct stream *s) {
-  size_t bytes = s->source.bytes(s->source.context, s->item);
+  size_t bytes = item_bytes(s);
   size_t piece = (bytes / (s->link ? LINK_PIECES : PIECES) + PIECE_STEP - 1) / PIECE_STEP * PIECE_STEP;
   s->piece = piece < SMALLEST_PIECE ? SMALLEST_PIECE : piece > LARGEST_PIECE ? LARGEST_PIECE : piece;
   s->posted = s->sent = 0;
@@ -131,7 +136,7 @@ static void link_send(struct stream *s, size_t length) {
 
 /* What is left of the item, when every rank has come for it. */
 static void link_finish(struct stream *s) {
-  size_t bytes = s->source.bytes(s->source.context, s->item);
+  size_t bytes = item_bytes(s);
   if (!bytes) return;
   require(s, MPI_Barrier(s->communicator)); /* a rank that waits for its device moves no message of MPI's on */
   if (s->sent < bytes) link_send(s, bytes - s->sent);
@@ -149,7 +154,7 @@ static void contents_begin(struct stream *s, size_t bytes) {
 }
 
 static void advance(struct stream *s, bool wait) {
-  size_t bytes = s->source.bytes(s->source.context, s->item);
+  size_t bytes = item_bytes(s);
   int idle = 1;
   if (s->transfer == TRANSFER_STATUS) {
     if (s->has_reader) {
@@ -237,11 +242,11 @@ void stream_poll(struct stream *s) {
 
 bool stream_ready(const struct stream *s, const struct world *world) {
   if (!s->link || world->size != s->world->size || s->item >= s->source.items) return false;
-  return s->transfer == TRANSFER_COMPLETE && !s->status && s->sent < s->source.bytes(s->source.context, s->item);
+  return s->transfer == TRANSFER_COMPLETE && !s->status && s->sent < item_bytes(s);
 }
 
 void stream_send(struct stream *s) {
-  size_t left = s->source.bytes(s->source.context, s->item) - s->sent;
+  size_t left = item_bytes(s) - s->sent;
   link_send(s, left < s->piece ? left : s->piece);
 }
 

@@ -273,7 +273,7 @@ static double attention_flops(const struct attention_shape *shape, int products)
 
 static bool head_size_fits(struct kernels *k, const struct attention_shape *shape) {
   if (shape->head_size <= 256) return true;
-  error_set(&k->state->failure, ERROR_INPUT, "--backend cuda: heads of %d channels are too large for its attention (256 at most); use cpu",
+  cuda_fail(k, ERROR_INPUT, "--backend cuda: heads of %d channels are too large for its attention (256 at most); use cpu",
             shape->head_size);
   return false;
 }

@@ -30,8 +30,8 @@ struct cublas {
 
 static bool cublas_check(struct kernels *k, cublasStatus_t status, const struct product *p) {
   if (status != CUBLAS_STATUS_SUCCESS)
-    error_set(&k->state->failure, ERROR_WORK, "cuBLASLt's matrix product %lld x %lld x %lld failed: %s", (long long)p->m, (long long)p->n,
-              (long long)p->k, cublasLtGetStatusString(status));
+    cuda_fail(k, ERROR_WORK, "cuBLASLt's matrix product %lld x %lld x %lld failed: %s", (long long)p->m, (long long)p->n, (long long)p->k,
+              cublasLtGetStatusString(status));
   return status == CUBLAS_STATUS_SUCCESS;
 }
 

@@ -34,15 +34,18 @@ enum { BLOCK_THREADS = 256, WARP = 32 };
 
 /* ---- host side ---- */
 
-/* Keeps the first failure. */
-static pthread_mutex_t failing = PTHREAD_MUTEX_INITIALIZER; /* who waits for a lane may be another thread than who works */
+/* Keeps the first failure, as error_set does; who waits for a lane may be another thread than who works. */
+static pthread_mutex_t failing = PTHREAD_MUTEX_INITIALIZER;
+#define cuda_fail(k, ...)                                                                                                                  \
+  do {                                                                                                                                     \
+    pthread_mutex_lock(&failing);                                                                                                          \
+    error_set(&(k)->state->failure, __VA_ARGS__);                                                                                          \
+    pthread_mutex_unlock(&failing);                                                                                                        \
+  } while (0)
 
 static bool cuda_check(struct kernels *k, cudaError_t code, const char *what) {
-  if (code == cudaSuccess) return true;
-  pthread_mutex_lock(&failing);
-  error_set(&k->state->failure, ERROR_WORK, "CUDA: %s failed: %s", what, cudaGetErrorString(code));
-  pthread_mutex_unlock(&failing);
-  return false;
+  if (code != cudaSuccess) cuda_fail(k, ERROR_WORK, "CUDA: %s failed: %s", what, cudaGetErrorString(code));
+  return code == cudaSuccess;
 }
 
 static cudaStream_t cuda_stream(struct kernels *k) {
@@ -71,7 +74,7 @@ static char *cuda_scratch(struct kernels *k, int64_t bytes) {
   cuda->scratch_bytes = 0;
   void *memory = NULL;
   if (!cuda_got(k, cudaMalloc(&memory, (size_t)bytes))) {
-    error_set(&cuda->failure, ERROR_WORK, "out of memory on cuda: %lld bytes for a kernel's scratch", (long long)bytes);
+    cuda_fail(k, ERROR_WORK, "out of memory on cuda: %lld bytes for a kernel's scratch", (long long)bytes);
     return NULL;
   }
   cuda->scratch = (char *)memory;
@@ -102,8 +105,7 @@ static void launch(struct kernels *k, const struct launch_grid &grid, int thread
 #endif
   if (grid.x == 0 || grid.y == 0 || k->state->failure.code) return;
   if ((uint64_t)grid.x > MOST_X || (uint64_t)grid.y > MOST_Y) {
-    error_set(&k->state->failure, ERROR_WORK, "CUDA: a launch of %lld x %lld blocks, more than a device takes", (long long)grid.x,
-              (long long)grid.y);
+    cuda_fail(k, ERROR_WORK, "CUDA: a launch of %lld x %lld blocks, more than a device takes", (long long)grid.x, (long long)grid.y);
     return;
   }
   dim3 blocks((unsigned)grid.x, (unsigned)grid.y);

@@ -42,7 +42,7 @@ static struct lane *lane_open(struct kernels *k) {
   cudaStream_t stream = NULL;
   cudaEvent_t event = NULL;
   if (!lane) {
-    error_set(&k->state->failure, ERROR_WORK, "out of memory for a stream of copies");
+    cuda_fail(k, ERROR_WORK, "out of memory for a stream of copies");
     return NULL;
   }
   int least, greatest; /* what goes beside the work is short, and others wait for it */
